@@ -1,0 +1,209 @@
+"""``attach``: tell compiled models where in the denoising loop they are, and which grid they are given.
+
+The hooks run outside compiled code. An attachment reads the step index off the scheduler each time a model is
+called, so nothing needs to be counted and both halves of a two-call classifier-free guidance see the same step.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch import nn
+from torch._dynamo.eval_frame import OptimizedModule
+
+from fpscompile import runtime
+from fpscompile.errors import GridError, OptionError
+from fpscompile.grid_of_call import GridReader
+
+
+GridFunction = Callable[[tuple[Any, ...], dict[str, Any]], "tuple[int, int, int] | None"]
+
+
+def attach(
+    pipe_or_model: Any, *, scheduler: Any = None, grid: tuple[int, int, int] | GridFunction | None = None
+) -> Attachment:
+    """Publish the denoising step and the grid of every call of a model, for as long as it stays attached.
+
+    Args:
+        pipe_or_model: a diffusers pipeline (its denoisers and its scheduler are found), or one module, compiled or
+            not. Compile a whole model before or after; blocks compiled on their own need the attachment first, so
+            that their first call finds a grid.
+        scheduler: for a bare module, the scheduler that drives it; progress = step index / number of steps.
+            Without one, give the step with :meth:`Attachment.step`, or let the graph read its timestep input.
+        grid: video tokens (t, h, w), or a function of the call's (args, kwargs) that returns them; by default they
+            are read off the 5-D latent input and the model's patch size, or off num_frames, height and width.
+
+    Returns:
+        The attachment: a context manager, or call ``detach()``.
+
+    Raises:
+        OptionError: nothing in ``pipe_or_model`` can be attached to.
+    """
+    if isinstance(pipe_or_model, nn.Module):
+        models = {type(_original(pipe_or_model)).__name__: pipe_or_model}
+    else:
+        models = _denoisers(pipe_or_model)
+        scheduler = scheduler if scheduler is not None else getattr(pipe_or_model, "scheduler", None)
+    if not models:
+        raise OptionError(
+            f"attach found no denoiser in {type(pipe_or_model).__name__}: pass a diffusers pipeline with a transformer "
+            "or unet, or the module itself"
+        )
+    return Attachment(models, scheduler, grid)
+
+
+def _denoisers(pipe: Any) -> dict[str, nn.Module]:
+    components = getattr(pipe, "components", None) or vars(pipe)
+    return {
+        name: module
+        for name, module in components.items()
+        if isinstance(module, nn.Module) and name.startswith(("transformer", "unet", "denoiser", "dit"))
+    }
+
+
+def _original(module: nn.Module) -> nn.Module:
+    return module._orig_mod if isinstance(module, OptimizedModule) else module
+
+
+class Attachment:
+    """A live link between a denoising loop and the compiled models it calls. Made by :func:`attach`."""
+
+    def __init__(
+        self, models: dict[str, nn.Module], scheduler: Any, grid: tuple[int, int, int] | GridFunction | None
+    ) -> None:
+        self.models = models
+        self.scheduler = scheduler
+        self.busy = runtime.Busy(" and ".join(models))
+        self._manual: float | None = None
+        self._undo: list[Callable[[], None]] = []
+        self._steps = _StepCounter.of(scheduler)
+        if self._steps is not None:
+            self._undo.append(self._steps.restore)
+        for model in models.values():
+            reader = grid if callable(grid) else GridReader(_original(model), grid)
+            self._undo += _hook(model, functools.partial(self._open, reader))
+            runtime.own(model.parameters(), self)
+
+    def __enter__(self) -> Attachment:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.detach()
+
+    def detach(self) -> None:
+        """Remove every hook. Compiled models go on with the timestep input, or with the densest phase."""
+        while self._undo:
+            self._undo.pop()()
+        runtime.disown(self)
+
+    def step(self, index: int, total: int) -> None:
+        """Say by hand that step ``index`` of ``total`` is next; it holds until said anew, whatever the scheduler says.
+
+        Raises:
+            OptionError: not ``0 <= index < total``.
+        """
+        if not 0 <= index < total:
+            raise OptionError(f"step({index}, {total}): the index must be in [0, {total})")
+        self._manual = index / total
+
+    def progress(self) -> float:
+        """Denoising progress in [0, 1]; NaN when nothing tells it."""
+        if self._manual is not None:
+            return self._manual
+        if self.scheduler is None:
+            return math.nan
+        timesteps = getattr(self.scheduler, "timesteps", None)
+        total = len(timesteps) if timesteps is not None else 0
+        index = getattr(self.scheduler, "step_index", None)
+        if index is None:
+            index = getattr(self.scheduler, "begin_index", None)
+        if index is None:
+            index = self._steps.index if self._steps is not None else 0
+        return min(int(index), total) / total if total else math.nan
+
+    def _open(self, reader: GridFunction, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        grid = reader(args, kwargs)
+        if grid is not None and (len(grid) != 3 or min(grid) < 1):
+            raise GridError(f"the grid function gave {grid!r}; three sizes >= 1 are needed: video tokens (t, h, w)")
+        return runtime.open_call(runtime.Call(self, grid))
+
+
+class _StepCounter:
+    """Step index for schedulers that keep none (DDIM and kin): the place in ``timesteps`` after the last step."""
+
+    def __init__(self, scheduler: Any) -> None:
+        self.scheduler = scheduler
+        self.index = 0
+        self._step = scheduler.step
+        self._timesteps: Any = getattr(scheduler, "timesteps", None)
+        scheduler.step = self._counted
+
+    @classmethod
+    def of(cls, scheduler: Any) -> _StepCounter | None:
+        if scheduler is None or hasattr(scheduler, "step_index") or not hasattr(scheduler, "step"):
+            return None
+        return cls(scheduler)
+
+    def _counted(self, model_output: Any, timestep: Any, *args: Any, **kwargs: Any) -> Any:
+        result = self._step(model_output, timestep, *args, **kwargs)
+        timesteps = torch.as_tensor(self.scheduler.timesteps)
+        places = (timesteps == torch.as_tensor(timestep).to(timesteps.device)).nonzero()
+        # The next step follows the last equal entry: second-order schedulers list a timestep twice.
+        self.index = (int(places[0]) + 1) % max(len(timesteps), 1) if len(places) else self.index + 1
+        return result
+
+    def restore(self) -> None:
+        if self.scheduler.__dict__.get("step") == self._counted:
+            del self.scheduler.step
+
+
+def _hook(model: nn.Module, open_call: Callable[..., Any]) -> list[Callable[[], None]]:
+    """Open a call before ``model`` runs and close it after, whatever form of compilation it went through."""
+    if model._compiled_call_impl is not None:
+        return [_wrap_compiled_call(model, open_call)]
+    tokens: list[Any] = []
+
+    def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        # Traced by Dynamo when the model itself is compiled: then the graph shows the grid, and progress is found
+        # through the owner of the weights.
+        if torch.compiler.is_compiling():
+            return
+        tokens.append(open_call(args, kwargs))
+
+    def after(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        if torch.compiler.is_compiling():
+            return
+        if tokens:
+            runtime.close_call(tokens.pop())
+
+    handles = [
+        model.register_forward_pre_hook(before, with_kwargs=True),
+        model.register_forward_hook(after, with_kwargs=True, always_call=True),
+    ]
+    return [handle.remove for handle in handles]
+
+
+def _wrap_compiled_call(model: nn.Module, open_call: Callable[..., Any]) -> Callable[[], None]:
+    """For ``model.compile()``: its hooks are traced, so the call itself is wrapped."""
+    compiled = model._compiled_call_impl
+    assert compiled is not None
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        token = open_call(args, kwargs)
+        try:
+            return compiled(*args, **kwargs)
+        finally:
+            runtime.close_call(token)
+
+    model._compiled_call_impl = call
+
+    def undo() -> None:
+        if model._compiled_call_impl is call:
+            model._compiled_call_impl = compiled
+
+    return undo

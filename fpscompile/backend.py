@@ -1,0 +1,284 @@
+"""``torch.compile(model, backend="fps")``: what Dynamo calls with each captured graph."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import networkx as nx
+import torch
+from torch import fx
+
+from fpscompile import runtime
+from fpscompile.errors import CompilerMissingError, OptionError, StrictError
+from fpscompile.graph_view import neighbourhood
+from fpscompile.ir import AttentionSite, Reason
+from fpscompile.passes.base import GraphState, fake_tensor, module_path
+from fpscompile.passes.lower_sites import GRID, PROGRESS
+from fpscompile.passes.pipeline import run_pipeline
+from fpscompile.passes.plan_sites import resolved_plan
+from fpscompile.records import GraphRecord, SiteRecord
+from fpscompile.settings import Settings
+
+logger = logging.getLogger(__name__)
+
+Compiled = Callable[..., Any]
+
+
+def fps(
+    gm: fx.GraphModule,
+    example_inputs: Sequence[Any],
+    *,
+    options: Mapping[str, Any] | None = None,
+    mode: str | None = None,
+) -> Compiled:
+    """The registered backend: rewrite the graph's 3D attention, hand the rest to the inner compiler.
+
+    Args:
+        options: fields of :class:`~fpscompile.settings.Settings`.
+        mode: one of Inductor's modes, passed on; refused for other inner compilers.
+
+    Raises:
+        FpsError: bad options, no C++ compiler, or ``strict=True`` and a site not rewritten. Dynamo wraps it in
+            ``BackendCompilerFailed``.
+    """
+    return Backend(Settings.from_options(options), mode)(gm, example_inputs)
+
+
+class Backend:
+    """The backend as an object that keeps its records: ``torch.compile(model, backend=Backend(settings))``."""
+
+    def __init__(self, settings: Settings | None = None, mode: str | None = None, *, detail: bool = False) -> None:
+        self.settings = settings or Settings()
+        self.mode = mode
+        self.detail = detail
+        """Whether records keep the graphs' code and pictures; costs time and memory on large graphs."""
+        self.graphs: list[GraphRecord] = []
+
+    def __call__(self, gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Compiled:
+        inner = inner_compiler(self.settings, self.mode)
+        record, state = rewrite(gm, self.settings, detail=self.detail)
+        self.graphs.append(record)
+        _log(record)
+        if self.settings.strict:
+            _check_strict(record)
+        if self.settings.inner == "inductor":
+            _check_cpp_compiler(gm)
+        extra = [node for node in gm.graph.nodes if node.op == "placeholder"][len(example_inputs) :]
+        compiled = inner(gm, [*example_inputs, *_examples_of(extra)])
+        if not extra:
+            return compiled
+        return _with_inputs(compiled, state.inputs, [fake_tensor(node).device for node in extra], record)  # type: ignore[union-attr]
+
+
+def rewrite(gm: fx.GraphModule, settings: Settings, *, detail: bool = False) -> tuple[GraphRecord, GraphState]:
+    """Run the passes on ``gm`` in place and record what they decided."""
+    began = time.perf_counter()
+    call = runtime.current_call()
+    arguments = [_example(node) for node in gm.graph.nodes if node.op == "placeholder"]
+    attached = call is not None or runtime.owner_of(arguments) is not None
+    state = GraphState(gm, settings, call.grid if call is not None else None, attached)
+    record = GraphRecord(settings=settings)
+    pictures = _Pictures(state) if detail else None
+    if os.environ.get("FPS_DISABLE", "0") not in ("", "0"):
+        state.note("warning", Reason.DISABLED.value, "FPS_DISABLE is set: nothing is rewritten")
+    else:
+        record.passes = run_pipeline(state, observe=pictures.observe if pictures else None)
+    if pictures is not None:
+        pictures.finish(record)
+    record.sites = [_site_record(state, site) for site in state.sites]
+    for miss in state.near_misses:
+        state.note("info", f"near-miss-{miss.code.value}", f"{miss.node}: {miss.message}")
+    record.notes = state.notes
+    record.progress_source = state.progress_source
+    record.seconds = sum(step.seconds for step in record.passes)
+    logger.debug("passes took %.3f s, all of the rewrite %.3f s", record.seconds, time.perf_counter() - began)
+    return record, state
+
+
+class _Pictures:
+    """The graph's code and the surroundings of its sites, before and after."""
+
+    def __init__(self, state: GraphState) -> None:
+        self.state = state
+        self.code = state.gm.print_readable(print_output=False)
+        self.before: dict[fx.Node, tuple[str, nx.DiGraph]] = {}
+
+    def observe(self, name: str) -> None:
+        """Called ahead of each pass; the last look at the old calls is ahead of lower_sites."""
+        if name != "lower_sites":
+            return
+        seen = set()
+        for site in self.state.sites:
+            outcome = (site.kind, site.shape, site.node in self.state.plans)
+            if site.node in self.state.plans and outcome not in seen:
+                seen.add(outcome)
+                self.before[site.node] = (site.node.name, neighbourhood(self.state.graph, site.node))
+
+    def finish(self, record: GraphRecord) -> None:
+        record.graph_before = self.code
+        record.graph_after = self.state.gm.print_readable(print_output=False)
+        for old, (name, picture) in self.before.items():
+            new = self.state.rewritten[old]
+            record.neighbourhoods.append((name, picture, neighbourhood(self.state.graph, new)))
+
+
+def _example(node: fx.Node) -> Any:
+    """The tensor that Dynamo captured a placeholder from, if it still has it."""
+    argument = node.meta.get("grapharg")
+    try:
+        return argument.example if argument is not None else None
+    except (AttributeError, TypeError):
+        return None
+
+
+def _site_record(state: GraphState, site: AttentionSite) -> SiteRecord:
+    batch, heads, q_length, k_length, head_dim = (size.hint for size in site.shape)
+    plan = state.plans.get(site.node)
+    resolved = resolved_plan(site, plan) if plan is not None else None
+    value = fake_tensor(site.node.args[0]) if site.node.args else None
+    grid = tuple(size.hint for size in site.grid) if site.grid is not None else None
+    return SiteRecord(
+        node=site.node.name,
+        module=module_path(site.node),
+        kind=site.kind,
+        batch=batch,
+        heads=heads,
+        head_dim=head_dim,
+        q_length=q_length,
+        k_length=k_length,
+        dtype=str(value.dtype).removeprefix("torch.") if value is not None else "",
+        grid=grid,  # type: ignore[arg-type]
+        grid_source=site.grid_source,
+        segments=tuple((segment.kind, segment.length.hint) for segment in site.segments),
+        rewritten=site.node in state.rewritten,
+        reason=site.rejection.message if site.rejection is not None else None,
+        reason_code=site.rejection.code.value if site.rejection is not None else None,
+        plan=plan,
+        lowering=plan.lowering if plan is not None else None,
+        windows=resolved.windows if resolved is not None else (),
+        density=resolved.densities if resolved is not None else (1.0,),
+        conservative=resolved.conservative if resolved is not None else 0,
+    )
+
+
+def _log(record: GraphRecord) -> None:
+    """One INFO record per compile; every note at its level."""
+    rewritten = [site for site in record.sites if site.rewritten]
+    if rewritten:
+        densities = sorted({tuple(round(d, 4) for d in site.density) for site in rewritten})
+        logger.info(
+            "rewrote %d of %d attention calls; density per phase: %s",
+            len(rewritten),
+            len(record.sites),
+            "; ".join(" / ".join(f"{d:.3f}" for d in phases) for phases in densities),
+        )
+    elif record.sites:
+        logger.info("rewrote none of %d attention calls", len(record.sites))
+    for site in record.sites:
+        if not site.rewritten:
+            level = logging.DEBUG if site.reason_code == Reason.KIND.value else logging.WARNING
+            logger.log(level, "%s (%s) is left as it is: %s", site.node, site.module, site.reason)
+    for note in record.notes:
+        logger.log(logging.WARNING if note.level == "warning" else logging.INFO, "%s", note.message)
+
+
+def _check_strict(record: GraphRecord) -> None:
+    """Under strict, every site of a requested kind is rewritten and every assumption is certain."""
+    failures = [
+        f"{site.node} ({site.kind}, {site.q_length} tokens): {site.reason}"
+        for site in record.sites
+        if not site.rewritten and site.reason_code != Reason.KIND.value
+    ]
+    failures += [note.message for note in record.notes if note.level == "warning"]
+    if failures:
+        raise StrictError("strict=True and not everything was rewritten:\n  " + "\n  ".join(failures))
+
+
+def _with_inputs(
+    compiled: Compiled, names: Sequence[str], devices: Sequence[torch.device], record: GraphRecord
+) -> Compiled:
+    """``compiled`` with the appended inputs filled on every call, from whoever publishes them."""
+
+    def call(*args: Any) -> Any:
+        with runtime.running(args) as (progress, grid):
+            values = {
+                PROGRESS: lambda device: torch.full((1,), progress, device=device),
+                GRID: lambda device: torch.tensor(grid or (0, 0, 0), dtype=torch.int64),
+            }
+            return compiled(*args, *(values[name](device) for name, device in zip(names, devices, strict=True)))
+
+    call.fps_record = record  # type: ignore[attr-defined]
+    return call
+
+
+def _examples_of(nodes: Sequence[fx.Node]) -> list[torch.Tensor]:
+    """Example inputs for placeholders that Dynamo does not know, fake in the mode the inner compiler traces in."""
+    context = torch._guards.TracingContext.try_get()
+    with (context and context.fake_mode) or contextlib.nullcontext():
+        return [torch.zeros(value.shape, dtype=value.dtype, device=value.device) for value in map(fake_tensor, nodes) if value is not None]
+
+
+def inner_compiler(settings: Settings, mode: str | None) -> Callable[[fx.GraphModule, list[Any]], Compiled]:
+    """The compiler for everything else.
+
+    Raises:
+        OptionError: an unknown inner name or mode, or a mode for a compiler that has none.
+    """
+    inner, options = settings.inner, dict(settings.inner_options)
+    if inner == "inductor":
+        return _inductor(options, mode)
+    if mode not in (None, "default"):
+        raise OptionError(f"mode={mode!r} is Inductor's; it cannot be combined with inner={inner!r}")
+    if callable(inner):
+        function = inner
+    else:
+        try:
+            function = torch._dynamo.lookup_backend(inner)
+        except Exception as error:
+            raise OptionError(
+                f"inner={inner!r} is no registered backend; choose one of {', '.join(torch.compiler.list_backends())}, "
+                f"or pass a callable ({error})"
+            ) from None
+    if options:
+        return lambda gm, inputs: function(gm, inputs, options=options)
+    return function
+
+
+def _inductor(options: dict[str, Any], mode: str | None) -> Callable[[fx.GraphModule, list[Any]], Compiled]:
+    import torch._inductor
+    from torch._inductor import compile_fx
+
+    patches: dict[str, Any] = {}
+    if mode not in (None, "default"):
+        modes = torch._inductor.list_mode_options()
+        if mode not in modes:
+            raise OptionError(f"mode={mode!r} is unknown; Inductor has {', '.join(map(repr, modes))}")
+        patches |= modes[mode]
+    known = torch._inductor.config.get_config_copy()
+    for key, value in options.items():
+        name = key.replace("-", "_")
+        if name not in known:
+            raise OptionError(f"inner_options has no key {key!r}: it is not an option of Inductor")
+        patches[name] = value
+    return lambda gm, inputs: compile_fx.compile_fx(gm, inputs, config_patches=patches or None)
+
+
+def _check_cpp_compiler(gm: fx.GraphModule) -> None:
+    """Inductor's own message does not say what to do instead."""
+    if not any(value.device.type == "cpu" for node in gm.graph.nodes if (value := fake_tensor(node)) is not None):
+        return
+    from torch._inductor.cpp_builder import get_cpp_compiler
+    from torch._inductor.exc import InvalidCxxCompiler
+
+    try:
+        get_cpp_compiler()
+    except InvalidCxxCompiler as error:
+        raise CompilerMissingError(
+            'inner="inductor" needs a C++ compiler for CPU graphs and found none: install g++ or clang, or pass '
+            f"options={{'inner': 'aot_eager'}}, which needs none ({error})"
+        ) from None

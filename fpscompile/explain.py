@@ -1,0 +1,44 @@
+"""``explain``: run a model once through the passes and report what they would do to it."""
+
+from __future__ import annotations
+
+import dataclasses
+import types
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch._dynamo.eval_frame import OptimizedModule
+
+from fpscompile.backend import Backend
+from fpscompile.report import Report
+from fpscompile.settings import Settings
+
+
+def explain(model: Any, *args: Any, options: Mapping[str, Any] | None = None, **kwargs: Any) -> Report:
+    """What ``torch.compile(model, backend="fps", options=options)`` does for this call.
+
+    Captures the model exactly as ``torch.compile`` would, runs it once (without the inner compiler), and leaves
+    compiled code of the model alone. An attachment in force is honoured.
+
+    Args:
+        model: a module, a compiled module, or a function of tensors.
+        args, kwargs: one real call; resolutions and dtypes are those to be explained.
+        options: fields of :class:`~fpscompile.settings.Settings`. ``strict`` does not raise here.
+
+    Raises:
+        OptionError: bad options.
+    """
+    settings = Settings.from_options(options)
+    backend = Backend(dataclasses.replace(settings, strict=False, inner="eager", inner_options=()), detail=True)
+    target = model._orig_mod if isinstance(model, OptimizedModule) else model
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        return target(*args, **kwargs)
+
+    # A code object of its own: Dynamo counts recompiles per code object, and explain may be called many times.
+    captured = types.FunctionType(call.__code__.replace(), call.__globals__, "explain", None, call.__closure__)
+    training = isinstance(target, torch.nn.Module) and target.training
+    with torch.set_grad_enabled(torch.is_grad_enabled() and training):
+        torch.compile(captured, backend=backend)(*args, **kwargs)
+    return Report(backend.graphs, settings)

@@ -1,0 +1,148 @@
+"""A torch.fx graph as a networkx graph, for pictures: who feeds an attention call, and who reads it."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from typing import Any
+
+import networkx as nx
+import torch
+from torch import fx
+
+INPUT, PARAM, ATTENTION, OP, OUTPUT = ROLES = ("input", "param", "attention", "op", "output")
+
+MAX_NODES = 30
+"""A neighbourhood never shows more: beyond it, a picture is no longer read."""
+
+_ATTENTION = re.compile(r"(scaled_dot_product|flash|efficient|flex)\w*attention|memory_efficient_attention")
+_STATE = re.compile(r"_(parameters|buffers)_")
+_SHORT = {"scaled_dot_product_attention": "sdpa"}
+_LABEL = 22
+
+
+def to_networkx(graph: fx.Graph) -> nx.DiGraph:
+    """The whole graph, edges from producer to consumer.
+
+    Nodes are named as in ``graph`` and carry ``label`` (what is called), ``shape`` (text such as "[1, 12, 4680, 64]",
+    "" when the graph does not say; symbolic sizes by name), ``role`` (one of :data:`ROLES`) and ``inputs`` (number of
+    producers in ``graph``). Linear in nodes and edges.
+    """
+    picture = nx.DiGraph()
+    for node in graph.nodes:
+        _add(picture, node)
+    for node in graph.nodes:
+        picture.add_edges_from((producer.name, node.name) for producer in node.all_input_nodes)
+    return picture
+
+
+def neighbourhood(graph: fx.Graph, node: fx.Node, up: int = 6, down: int = 3) -> nx.DiGraph:
+    """The part of ``graph`` within ``up`` producers and ``down`` consumers of ``node``, without parameters and sizes.
+
+    Attributes are those of :func:`to_networkx`; a node that reads a parameter left out counts it in ``params``, and
+    ``graph["centre"]`` names ``node``. At most :data:`MAX_NODES` nodes: the nearest, two thirds of them producers.
+    The walk is breadth first from ``node``, so its cost does not grow with the graph.
+
+    Raises:
+        ValueError: ``node`` is not in ``graph``.
+    """
+    if node.graph is not graph:
+        raise ValueError(f"node {node.name!r} is not in this graph: pass the graph it belongs to")
+    room = MAX_NODES - 1
+    producers = _walk(node, up, room - room // 3, lambda n: n.all_input_nodes)
+    consumers = _walk(node, down, room - len(producers), lambda n: n.users)
+    shown = {n.name: n for n in (*reversed(producers), node, *consumers)}
+    picture = nx.DiGraph(centre=node.name)
+    for member in shown.values():
+        _add(picture, member)
+    picture.nodes[node.name]["role"] = ATTENTION
+    for member in shown.values():
+        inputs = member.all_input_nodes
+        picture.add_edges_from((producer.name, member.name) for producer in inputs if producer.name in shown)
+        picture.nodes[member.name]["params"] = sum(_role(producer) == PARAM for producer in inputs)
+    return picture
+
+
+def _walk(start: fx.Node, depth: int, room: int, step: Any) -> list[fx.Node]:
+    """Nodes at most ``depth`` steps from ``start``, nearest first, at most ``room`` of them, ``start`` left out."""
+    found: dict[fx.Node, None] = {start: None}
+    level = [start]
+    for _ in range(depth):
+        following: list[fx.Node] = []
+        for member in level:
+            for other in step(member):
+                if len(found) > room:
+                    return list(found)[1:]
+                if other not in found and not _left_out(other):
+                    found[other] = None
+                    following.append(other)
+        level = following
+    return list(found)[1:]
+
+
+def _left_out(node: fx.Node) -> bool:
+    """Parameters, constants and size arithmetic: they are inputs of everything and explain nothing."""
+    if _role(node) == PARAM:
+        return True
+    value = node.meta.get("example_value")
+    return isinstance(value, (int, float, torch.SymInt, torch.SymFloat, torch.SymBool, torch.Size))
+
+
+def _add(picture: nx.DiGraph, node: fx.Node) -> None:
+    value = node.meta.get("example_value")
+    picture.add_node(
+        node.name, label=_label(node), shape=_shape(value), role=_role(node), inputs=len(node.all_input_nodes)
+    )
+
+
+def _role(node: fx.Node) -> str:
+    if node.op == "placeholder":
+        state = node.type is torch.nn.Parameter or _STATE.search(node.name) is not None
+        return PARAM if state or isinstance(node.meta.get("example_value"), torch.nn.Parameter) else INPUT
+    if node.op == "get_attr":
+        return PARAM
+    if node.op == "output":
+        return OUTPUT
+    return ATTENTION if node.op == "call_function" and _is_attention(node.target) else OP
+
+
+def _is_attention(target: Any) -> bool:
+    if getattr(target, "namespace", None) == "fps":
+        return True
+    if isinstance(target, torch._ops.OpOverload):
+        return target._schema.name.startswith("fps::") or _ATTENTION.search(target._schema.name) is not None
+    return _ATTENTION.search(getattr(target, "__name__", "")) is not None
+
+
+def _label(node: fx.Node) -> str:
+    """What is called, short: the argument's name of an input, the function's of an operation."""
+    if node.op == "placeholder":
+        return _clip(re.sub(r"^l_(kwargs_|args_|self_)?|_+$", "", node.name, flags=re.IGNORECASE) or node.name)
+    if node.op == "output":
+        return "output"
+    target = node.target
+    if isinstance(target, torch._ops.OpOverload):
+        name = target._schema.name if target.namespace == "fps" else target._schema.name.split("::")[-1]
+    elif isinstance(target, str):
+        name = target.rsplit(".", 1)[-1]
+    else:
+        name = getattr(target, "__name__", str(target))
+        name = f"fps::{name}" if getattr(target, "namespace", None) == "fps" else name
+    return _clip(_SHORT.get(name, name.strip("_")))
+
+
+def _shape(value: Any) -> str:
+    if isinstance(value, torch.Tensor):
+        return f"[{', '.join(_clip(str(size), 16) for size in value.shape)}]"
+    if isinstance(value, (tuple, list)) and any(isinstance(item, torch.Tensor) for item in value):
+        return _clip(" ".join(_shapes(value)), 40)
+    return ""
+
+
+def _shapes(values: Iterable[Any]) -> Iterable[str]:
+    for value in values:
+        yield _shape(value) or "-"
+
+
+def _clip(text: str, limit: int = _LABEL) -> str:
+    return text if len(text) <= limit else text[: limit - 1] + "…"

@@ -1,0 +1,138 @@
+"""What changes from call to call: the denoising progress and the grid, looked up when a compiled graph runs.
+
+Nothing here is baked into compiled code. Dynamo may reuse one block's code for every block of a class, and for the
+blocks of a second model of the same class (Wan 2.2 has two transformers), so the question "whose call is this?" is
+asked on every call: first of the context that the attached root module opened, then of the owner of the weights
+among the arguments.
+"""
+
+from __future__ import annotations
+
+import contextvars
+import math
+import threading
+import weakref
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+from torch.utils.weak import WeakIdKeyDictionary
+
+from fpscompile.errors import ConcurrentCallError
+
+Grid = tuple[int, int, int]
+
+
+class Publisher(Protocol):
+    """What the runtime needs of an attachment."""
+
+    busy: Busy
+
+    def progress(self) -> float:
+        """Denoising progress of the running call in [0, 1], NaN when unknown."""
+
+
+@dataclass
+class Busy:
+    """Refuses a second call of one model while a first is running in another thread."""
+
+    name: str
+    _lock: threading.Lock = field(default_factory=threading.Lock)
+    _thread: int | None = None
+    _depth: int = 0
+
+    def enter(self) -> None:
+        me = threading.get_ident()
+        with self._lock:
+            if self._depth and self._thread != me:
+                raise ConcurrentCallError(
+                    f"{self.name} is called from two threads at once: its denoising step and grid are state of the "
+                    "model. Give each thread a model of its own, or take turns"
+                )
+            self._thread = me
+            self._depth += 1
+
+    def leave(self) -> None:
+        with self._lock:
+            self._depth -= 1
+
+
+@dataclass(frozen=True)
+class Call:
+    """One running call of an attached root module."""
+
+    publisher: Publisher
+    grid: Grid | None
+
+
+_CALL: contextvars.ContextVar[Call | None] = contextvars.ContextVar("fpscompile_call", default=None)
+
+# Parameter -> publisher. Both sides weak: neither a model nor an attachment is kept alive by the other.
+_OWNERS: WeakIdKeyDictionary = WeakIdKeyDictionary()
+_OWNERS_LOCK = threading.Lock()
+
+
+def open_call(call: Call) -> contextvars.Token[Call | None]:
+    call.publisher.busy.enter()
+    return _CALL.set(call)
+
+
+def close_call(token: contextvars.Token[Call | None]) -> None:
+    call = _CALL.get()
+    _CALL.reset(token)
+    if call is not None:
+        call.publisher.busy.leave()
+
+
+def current_call() -> Call | None:
+    """The running call of an attached root module in this thread."""
+    return _CALL.get()
+
+
+def own(parameters: Iterator[torch.Tensor], publisher: Publisher) -> None:
+    """Make ``publisher`` answer for calls that read these weights."""
+    with _OWNERS_LOCK:
+        for parameter in parameters:
+            _OWNERS[parameter] = weakref.ref(publisher)
+
+
+def disown(publisher: Publisher) -> None:
+    with _OWNERS_LOCK:
+        for parameter in [p for p, ref in _OWNERS.items() if ref() in (publisher, None)]:
+            del _OWNERS[parameter]
+
+
+def owner_of(arguments: Sequence[Any]) -> Publisher | None:
+    """The publisher that owns the first owned weight among a compiled graph's arguments."""
+    if not _OWNERS:
+        return None
+    for argument in arguments:
+        if isinstance(argument, torch.nn.Parameter):
+            reference = _OWNERS.get(argument)
+            if reference is not None:
+                return reference()  # type: ignore[no-any-return]
+    return None
+
+
+@contextmanager
+def running(arguments: Sequence[Any]) -> Iterator[tuple[float, Grid | None]]:
+    """Progress (NaN when unknown) and grid (None when unknown) for one run of a compiled graph.
+
+    Raises:
+        ConcurrentCallError: another thread runs the same attached model.
+    """
+    call = _CALL.get()
+    if call is not None:
+        yield call.publisher.progress(), call.grid
+        return
+    publisher = owner_of(arguments)
+    if publisher is None:
+        yield math.nan, None
+        return
+    publisher.busy.enter()
+    try:
+        yield publisher.progress(), None
+    finally:
+        publisher.busy.leave()

@@ -1,0 +1,167 @@
+"""Denoising progress -> (window, granularity): the step-conditioned part of the method.
+
+Progress is ``step index / number of steps``, in ``[0, 1]``. A :class:`Schedule` cuts it into
+:class:`Phase` ranges. The phase of a step is an int32 index that lives on the device, so no step recompiles.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from fpscompile.errors import ScheduleError
+
+GRANULARITIES = ("tensor", "head", "tile", "subtile")
+"""Regions of Q and K that share one FP8 scale, from coarse to fine (see :mod:`fpscompile.quant`)."""
+
+
+@dataclass(frozen=True)
+class Phase:
+    """One range of denoising progress and what attention does inside it."""
+
+    start: float
+    """Progress at which the phase begins, inclusive."""
+    end: float
+    """Progress at which it ends, exclusive; the last phase ends at 1.0, inclusive."""
+    window: tuple[int, int, int] | None = None
+    """Key tiles seen along (t, h, w). Exactly one of ``window`` and ``density`` is given."""
+    density: float | None = None
+    """Upper bound on the kept fraction of query-key pairs; the largest window below it is taken."""
+    granularity: str = "tile"
+    """Region of Q and K that shares one FP8 scale; one of :data:`GRANULARITIES`. Unused when ``quant="none"``."""
+
+    def __post_init__(self) -> None:
+        if not 0.0 <= self.start < self.end <= 1.0:
+            raise ScheduleError(
+                f"phase [{self.start}, {self.end}) is not a range of progress: need 0 <= start < end <= 1"
+            )
+        if (self.window is None) == (self.density is None):
+            raise ScheduleError(
+                f"phase [{self.start}, {self.end}) needs exactly one of window and density, "
+                f"got window={self.window}, density={self.density}"
+            )
+        if self.window is not None:
+            object.__setattr__(self, "window", check_window(self.window))
+        if self.density is not None:
+            check_density(self.density)
+        if self.granularity not in GRANULARITIES:
+            raise ScheduleError(f"granularity {self.granularity!r} is unknown; choose one of {', '.join(GRANULARITIES)}")
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """Phases that cover progress ``[0, 1]`` without gap or overlap.
+
+    Raises:
+        ScheduleError: no phases, a gap, an overlap, or phases out of order.
+    """
+
+    phases: tuple[Phase, ...]
+    name: str = "custom"
+    """Shown in reports. A preset's name is the word that selects it in ``options["schedule"]``."""
+    clamp: bool = False
+    """Whether a density below the grid's floor becomes the floor (presets, with a record) or an error (yours)."""
+
+    def __post_init__(self) -> None:
+        if not self.phases:
+            raise ScheduleError("a schedule needs at least one phase")
+        expected = 0.0
+        for phase in self.phases:
+            if phase.start != expected:
+                kind = "overlap" if phase.start < expected else "leave a gap"
+                raise ScheduleError(
+                    f"phases {kind}: [{phase.start}, {phase.end}) should start at {expected}; "
+                    "list the phases in order, each starting where the one before ends"
+                )
+            expected = phase.end
+        if expected != 1.0:
+            raise ScheduleError(f"the phases end at {expected}; the last one must end at 1.0")
+
+    @property
+    def boundaries(self) -> tuple[float, ...]:
+        """Starts of all phases but the first: phase = number of boundaries <= progress."""
+        return tuple(phase.start for phase in self.phases[1:])
+
+    def phase_at(self, progress: float) -> int:
+        """Index of the phase that holds ``progress``; 1.0 belongs to the last.
+
+        Raises:
+            ScheduleError: progress outside [0, 1].
+        """
+        if not 0.0 <= progress <= 1.0:
+            raise ScheduleError(f"progress {progress} is outside [0, 1]")
+        return sum(boundary <= progress for boundary in self.boundaries)
+
+    @classmethod
+    def constant(cls, *, window: tuple[int, int, int] | None = None, density: float | None = None) -> Schedule:
+        """One phase for all steps."""
+        return cls((Phase(0.0, 1.0, window=window, density=density),), name="constant")
+
+    @classmethod
+    def of(cls, value: Any) -> Schedule:
+        """A schedule from what a user writes: a preset's name, a Schedule, or a list of Phases or their dicts.
+
+        Raises:
+            ScheduleError: anything else, or ranges that do not cover [0, 1].
+        """
+        if isinstance(value, Schedule):
+            return value
+        if isinstance(value, str):
+            if value not in PRESETS:
+                raise ScheduleError(f"schedule {value!r} is unknown; presets are {', '.join(PRESETS)}")
+            return PRESETS[value]
+        if not isinstance(value, Sequence):
+            raise ScheduleError(f"a schedule is a preset's name, a Schedule or a list of Phase, got {value!r}")
+        phases = []
+        for item in value:
+            try:
+                phases.append(item if isinstance(item, Phase) else Phase(**item))
+            except TypeError as error:
+                raise ScheduleError(f"schedule entry {item!r} is not a Phase: {error}") from None
+        return cls(tuple(phases))
+
+
+def check_window(window: Any) -> tuple[int, int, int]:
+    """``window`` as three ints >= 1, or ScheduleError."""
+    if (
+        not isinstance(window, Sequence)
+        or len(window) != 3
+        or not all(isinstance(w, int) and not isinstance(w, bool) and w >= 1 for w in window)
+    ):
+        raise ScheduleError(f"window={window!r} must be three integers >= 1: key tiles along (t, h, w)")
+    return (window[0], window[1], window[2])
+
+
+def check_density(density: Any) -> float:
+    """``density`` as a float in (0, 1], or ScheduleError."""
+    if isinstance(density, bool) or not isinstance(density, (int, float)) or not 0.0 < density <= 1.0:
+        raise ScheduleError(f"density={density!r} must be in (0, 1]: the kept fraction of query-key pairs")
+    return float(density)
+
+
+PAPER = Schedule(
+    (
+        Phase(0.0, 0.2, density=0.10, granularity="head"),
+        Phase(0.2, 0.8, density=0.25, granularity="subtile"),
+        Phase(0.8, 1.0, density=0.15, granularity="tile"),
+    ),
+    name="paper",
+    clamp=True,
+)
+"""FPSAttention's order (arXiv 2506.04648): coarse and sparse early, fine and denser in the error-sensitive middle,
+between the two late. The thresholds and windows are not published; these give the mean density 0.20 that the
+paper's FLOP counts imply. Meant for models fine-tuned with it."""
+
+TRAINING_FREE = Schedule(
+    (
+        Phase(0.0, 0.2, density=1.0, granularity="subtile"),
+        Phase(0.2, 0.6, density=0.35, granularity="tile"),
+        Phase(0.6, 1.0, density=0.25, granularity="tile"),
+    ),
+    name="training_free",
+    clamp=True,
+)
+"""For models that never saw sparsity: the first steps, which fix the layout of the video, stay dense."""
+
+PRESETS = {schedule.name: schedule for schedule in (PAPER, TRAINING_FREE)}

@@ -1,0 +1,326 @@
+"""The algebra of axes: what a tensor dimension is made of.
+
+A dimension is an ordered, row-major product of *factors*. A factor is an :class:`Atom` (an axis that some tensor
+had on its own: T, H, W, the text tokens, a head), a :class:`Cat` of axes (text then video), or a :class:`Slice` of
+an axis. Dimensions of size 1 are the empty product. Two axes that compare equal index the same things in the same
+order; the converse need not hold, so comparison is safe for matching queries with keys.
+
+Views split atoms and merge them back: splitting an axis in the same way twice gives equal parts, and parts that
+meet again in order become the whole.
+"""
+
+from __future__ import annotations
+
+import functools
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import sympy
+
+from fpscompile.ir import Size
+
+INPUT, MADE, PARAMETER = 2, 1, 0
+"""Where an atom comes from, by how much it says: the call's data, an op we do not trace, a weight."""
+
+
+@dataclass(frozen=True)
+class Atom:
+    """An indivisible axis. ``name`` is unique in a graph: the node and dimension where the axis first appeared."""
+
+    name: str
+    size: Size
+    source: int = MADE
+    origin: str = ""
+    """Name of the node that made it."""
+    dim: int = 0
+    """Dimension of that node."""
+    parent: Axis | None = None
+    """The axis it was derived from: the whole of a split, or what a convolution strided over."""
+    role: str = "root"
+    """"root"; "high" or "low" part of a split; "strided" by a convolution or a resize."""
+
+
+@dataclass(frozen=True)
+class Cat:
+    """Axes laid end to end."""
+
+    parts: tuple[Axis, ...]
+
+    @property
+    def size(self) -> Size:
+        return functools.reduce(_add, (axis_size(part) for part in self.parts))
+
+
+@dataclass(frozen=True)
+class Slice:
+    """A contiguous part of an axis."""
+
+    whole: Axis
+    start: Size
+    size: Size
+
+
+Factor = Atom | Cat | Slice
+Axis = tuple[Factor, ...]
+Label = tuple[Axis, ...]
+"""One axis per dimension of a tensor."""
+
+ONE = Size(sympy.Integer(1), 1)
+
+
+def same(left: Size, right: Size) -> bool:
+    """Whether two sizes are equal for every value of their symbols.
+
+    Canonical equality first; where floor divisions keep equal expressions apart, agreement on random values. No
+    guard is installed: only expressions are compared.
+    """
+    if left.expr == right.expr:
+        return True
+    if left.hint != right.hint:
+        return False
+    return _agree(left.expr, right.expr)
+
+
+@functools.lru_cache(maxsize=4096)
+def _agree(left: sympy.Expr, right: sympy.Expr) -> bool:
+    symbols = sorted(left.free_symbols | right.free_symbols, key=str)
+    if not symbols:
+        return bool(left == right)
+    rng = random.Random(0)
+    for _ in range(5):
+        # Multiples of 16 are divisible by every patch size in the field, so divisibility side conditions hold.
+        values = {symbol: sympy.Integer(16 * rng.randrange(2, 97)) for symbol in symbols}
+        if left.subs(values) != right.subs(values):
+            return False
+    return True
+
+
+def _add(left: Size, right: Size) -> Size:
+    return Size(left.expr + right.expr, left.hint + right.hint)
+
+
+def _times(left: Size, right: Size) -> Size:
+    return Size(left.expr * right.expr, left.hint * right.hint)
+
+
+def _over(left: Size, right: Size) -> Size:
+    return Size(sympy.cancel(left.expr / right.expr), left.hint // right.hint)
+
+
+def axis_size(axis: Axis) -> Size:
+    return functools.reduce(_times, (factor.size for factor in axis), ONE)
+
+
+def atom(name: str, size: Size, **fields: object) -> Axis:
+    """A one-atom axis, or the empty product for size 1."""
+    if size.expr == 1:
+        return ()
+    return (Atom(name, size, **fields),)  # type: ignore[arg-type]
+
+
+def split(factor: Factor, high: Size) -> tuple[Axis, Axis] | None:
+    """``factor`` as (high, low) with ``high`` blocks, or None when the size does not divide."""
+    if high.hint <= 0 or factor.size.hint % high.hint:
+        return None
+    low = _over(factor.size, high)
+    if isinstance(factor, Atom):
+        source, key = factor.source, factor.name
+    else:
+        source, key = MADE, f"({describe((factor,))})"
+    fields = {"source": source, "parent": (factor,)}
+    if isinstance(factor, Atom):
+        fields |= {"origin": factor.origin, "dim": factor.dim}
+    return (
+        atom(f"{key}/{low}", high, role="high", **fields),
+        atom(f"{key}%{low}", low, role="low", **fields),
+    )
+
+
+def product(factors: Sequence[Factor]) -> Axis:
+    """Factors in row-major order, with split parts that meet again made whole."""
+    result: list[Factor] = []
+    for factor in factors:
+        result.append(factor)
+        while len(result) >= 2 and (whole := _rejoin(result[-2], result[-1])) is not None:
+            result[-2:] = [whole]
+    return tuple(result)
+
+
+def _rejoin(high: Factor, low: Factor) -> Factor | None:
+    if (
+        isinstance(high, Atom)
+        and isinstance(low, Atom)
+        and high.role == "high"
+        and low.role == "low"
+        and high.parent == low.parent
+        and high.parent is not None
+        and same(_times(high.size, low.size), axis_size(high.parent))
+    ):
+        return high.parent[0]
+    return None
+
+
+def reshape(label: Label, sizes: Sequence[Size], name: str) -> Label:
+    """Labels after a row-major view to ``sizes``. What cannot be followed becomes atoms of the node ``name``."""
+    factors = [factor for axis in label for factor in axis]
+    result: list[Axis] = []
+    for position, size in enumerate(sizes):
+        taken = _take(factors, size)
+        if taken is None:
+            rest = sizes[position:]
+            return (*result, *(fresh(name, position + i, s) for i, s in enumerate(rest)))
+        result.append(product(taken))
+    if factors:
+        return tuple(fresh(name, i, s) for i, s in enumerate(sizes))
+    return tuple(result)
+
+
+def _take(factors: list[Factor], size: Size) -> list[Factor] | None:
+    """Remove from the front of ``factors`` a run whose product is ``size``; None when there is none."""
+    taken: list[Factor] = []
+    have = ONE
+    while not same(have, size):
+        if not factors or size.hint <= 0:
+            return None
+        factor = factors[0]
+        total = _times(have, factor.size)
+        if total.hint <= size.hint and (total.hint < size.hint or same(total, size)):
+            taken.append(factors.pop(0))
+            have = total
+            continue
+        if size.hint % have.hint:
+            return None
+        parts = split(factor, _over(size, have))
+        if parts is None or not parts[0]:
+            return None
+        high, low = parts
+        taken.extend(high)
+        factors[:1] = low
+        have = _times(have, axis_size(high))
+    return taken
+
+
+def fresh(name: str, dim: int, size: Size, source: int = MADE) -> Axis:
+    """An axis of which nothing is known but where it came from."""
+    return atom(f"{name}.{dim}", size, source=source, origin=name, dim=dim)
+
+
+def strided(axis: Axis, size: Size) -> Axis:
+    """The output axis of a convolution, pooling or resize over ``axis``: same order, other step."""
+    if same(axis_size(axis), size):
+        return axis
+    lead = root(axis)
+    fields = {"source": lead.source, "origin": lead.origin, "dim": lead.dim} if lead is not None else {}
+    return atom(f"strided({describe(axis)}->{size})", size, parent=axis, role="strided", **fields)
+
+
+def root(axis: Axis) -> Atom | None:
+    """The atom that an axis was derived from by striding and splitting off patches, if it is a single one."""
+    if len(axis) != 1 or not isinstance(axis[0], Atom):
+        return None
+    lead = axis[0]
+    while lead.role in ("strided", "high") and lead.parent is not None:
+        if len(lead.parent) != 1 or not isinstance(lead.parent[0], Atom):
+            return lead
+        lead = lead.parent[0]
+    return lead
+
+
+def cut(axis: Axis, start: Size, size: Size) -> Axis:
+    """``axis[start : start + size]``."""
+    total = axis_size(axis)
+    if same(size, total):
+        return axis
+    if size.expr == 1:
+        return ()
+    if len(axis) == 1 and isinstance(axis[0], Cat):
+        found = _cut_parts(axis[0].parts, start, size)
+        if found is not None:
+            return found
+    if len(axis) == 1 and isinstance(axis[0], Slice):
+        inner = axis[0]
+        return cut(inner.whole, _add(inner.start, start), size)
+    return (Slice(axis, start, size),)
+
+
+def _cut_parts(parts: tuple[Axis, ...], start: Size, size: Size) -> Axis | None:
+    """The run of whole parts that begins at ``start`` and has ``size``, if the cut falls on their borders."""
+    offset = Size(sympy.Integer(0), 0)
+    for first in range(len(parts)):
+        if same(offset, start):
+            length = Size(sympy.Integer(0), 0)
+            for last in range(first, len(parts)):
+                length = _add(length, axis_size(parts[last]))
+                if same(length, size):
+                    return concat(parts[first : last + 1])
+        offset = _add(offset, axis_size(parts[first]))
+    return None
+
+
+def concat(parts: Sequence[Axis]) -> Axis:
+    """Axes end to end: nested ones are flattened, empty ones dropped, adjacent slices of one axis joined."""
+    flat: list[Axis] = []
+    for part in parts:
+        if axis_size(part).hint == 0:
+            continue
+        flat.extend(part[0].parts if len(part) == 1 and isinstance(part[0], Cat) else (part,))
+        while len(flat) >= 2 and (joined := _join_slices(flat[-2], flat[-1])) is not None:
+            flat[-2:] = [joined]
+    if len(flat) == 1:
+        return flat[0]
+    return (Cat(tuple(flat)),) if flat else ()
+
+
+def _join_slices(left: Axis, right: Axis) -> Axis | None:
+    if len(left) == 1 and len(right) == 1:
+        a, b = left[0], right[0]
+        if isinstance(a, Slice) and isinstance(b, Slice) and a.whole == b.whole:
+            if same(_add(a.start, a.size), b.start):
+                return cut(a.whole, a.start, _add(a.size, b.size))
+    return None
+
+
+def merge(left: Axis, right: Axis) -> Axis:
+    """The label of a dimension where two operands meet element by element.
+
+    Both index the same positions, so either would do; the one that says more is kept: the call's data before what
+    an unknown op made, that before a weight; then the finer one; then the first.
+    """
+    if not right or left == right:
+        return left
+    if not left:
+        return right
+    return right if _information(right) > _information(left) else left
+
+
+def _information(axis: Axis) -> tuple[int, int]:
+    atoms = list(leaves(axis))
+    return (max((leaf.source for leaf in atoms), default=MADE), len(atoms))
+
+
+def leaves(axis: Axis) -> list[Atom]:
+    """All atoms under an axis."""
+    result: list[Atom] = []
+    for factor in axis:
+        if isinstance(factor, Atom):
+            result.append(factor)
+        elif isinstance(factor, Cat):
+            for part in factor.parts:
+                result.extend(leaves(part))
+        else:
+            result.extend(leaves(factor.whole))
+    return result
+
+
+def describe(axis: Axis) -> str:
+    """For messages and atom names."""
+    words = []
+    for factor in axis:
+        if isinstance(factor, Atom):
+            words.append(factor.name)
+        elif isinstance(factor, Cat):
+            words.append("[" + " + ".join(describe(part) for part in factor.parts) + "]")
+        else:
+            words.append(f"({describe(factor.whole)})[{factor.start.expr}:+{factor.size.expr}]")
+    return "*".join(words) or "1"

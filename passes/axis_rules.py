@@ -1,0 +1,437 @@
+"""How each op carries axis labels from its inputs to its output.
+
+A rule takes the tracer and the node and returns the label of a tensor, a list of labels for several outputs, or
+None for "I cannot say", which gives the output fresh atoms. The rules of elementwise ops come from PyTorch's own
+``pointwise`` tag; :data:`RULES` lists the rest. To support another op, add a function and its name there.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import operator
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import sympy
+import torch
+from torch import fx
+
+from fpscompile.ir import Size
+from fpscompile.passes.axes import Atom, Axis, Label, concat, cut, fresh, merge, reshape, same, strided
+from fpscompile.passes.base import argument, fake_tensor, fake_value, shape_of, size_of
+
+if TYPE_CHECKING:
+    from fpscompile.passes.trace_axes import Tracer
+
+Result = Label | list[Label] | None
+Rule = Callable[["Tracer", fx.Node], Result]
+
+# Not tagged pointwise, but output element i still lies at position i of the input.
+SAME_POSITION = frozenset(
+    "layer_norm rms_norm group_norm instance_norm normalize batch_norm dropout feature_dropout softmax log_softmax "
+    "cumsum cumprod to type type_as float double half bfloat16 int long bool cpu cuda contiguous clone detach "
+    "detach_ requires_grad_ alias identity empty_like zeros_like ones_like full_like rand_like randn_like "
+    "masked_fill masked_fill_ where addcmul addcdiv lerp clamp clamp_min clamp_max nan_to_num copy_ fill_ zero_ "
+    "glu_gate silu gelu relu mish softplus _to_copy lift_fresh pin_memory".split()
+)
+
+OPERATOR_NAMES = {
+    "truediv": "div",
+    "floordiv": "div",
+    "mod": "remainder",
+    "and_": "bitwise_and",
+    "or_": "bitwise_or",
+    "xor": "bitwise_xor",
+    "invert": "bitwise_not",
+    "pos": "positive",
+}
+
+
+@functools.lru_cache(maxsize=1024)
+def keeps_positions(name: str) -> bool:
+    """Whether an op maps position i of its (broadcast) inputs to position i of its output."""
+    if name in SAME_POSITION:
+        return True
+    candidates = {name, name.rstrip("_"), OPERATOR_NAMES.get(name, name)}
+    if name.startswith("i") and hasattr(operator, name):
+        inner = name[1:]
+        candidates |= {inner, OPERATOR_NAMES.get(inner, inner)}
+    for candidate in candidates:
+        if not candidate.isidentifier():
+            continue
+        packet = getattr(torch.ops.aten, candidate, None)
+        if packet is None or not hasattr(packet, "overloads"):
+            continue
+        if any(torch.Tag.pointwise in getattr(packet, overload).tags for overload in packet.overloads()):
+            return True
+    return False
+
+
+def broadcast(tracer: Tracer, node: fx.Node) -> Result:
+    """Align the labels of all tensor inputs from the right, as broadcasting does."""
+    out = shape_of(node)
+    labels = [tracer.label(arg) for arg in node.all_input_nodes if fake_tensor(arg) is not None]
+    result: list[Axis] = []
+    for dim, size in enumerate(out):
+        axis: Axis = ()
+        for label in labels:
+            position = dim - len(out) + len(label)
+            if position >= 0 and label[position]:
+                axis = merge(axis, label[position])
+        result.append(axis if axis or size.expr == 1 else fresh(node.name, dim, size))
+    return tuple(result)
+
+
+def _source(tracer: Tracer, node: fx.Node) -> tuple[Label, tuple[Size, ...]]:
+    """Label and sizes of the first tensor argument, whether given by position or by name."""
+    source = node.all_input_nodes[0]
+    if node.args and isinstance(node.args[0], fx.Node):
+        source = node.args[0]
+    elif isinstance(node.kwargs.get("input"), fx.Node):
+        source = node.kwargs["input"]  # type: ignore[assignment]
+    return tracer.label(source), shape_of(source)
+
+
+def _dim(value: Any, rank: int) -> int:
+    dim = fake_value(value)
+    return int(dim) % rank if rank else 0
+
+
+def _dims(node: fx.Node, position: int, name: str, rank: int) -> list[int] | None:
+    """Dims given as one list, as separate arguments, or by name."""
+    value = node.kwargs.get(name, node.args[position:])
+    if isinstance(value, int):
+        value = (value,)
+    if isinstance(value, (tuple, list)) and len(value) == 1 and isinstance(value[0], (tuple, list)):
+        value = value[0]
+    if not isinstance(value, (tuple, list)) or not all(isinstance(v, int) for v in value):
+        return None
+    return [v % rank for v in value]  # type: ignore[operator]
+
+
+def view(tracer: Tracer, node: fx.Node) -> Result:
+    label, _ = _source(tracer, node)
+    return reshape(label, shape_of(node), node.name)
+
+
+def permute(tracer: Tracer, node: fx.Node) -> Result:
+    label, _ = _source(tracer, node)
+    dims = _dims(node, 1, "dims", len(label))
+    return None if dims is None else tuple(label[dim] for dim in dims)
+
+
+def transpose(tracer: Tracer, node: fx.Node) -> Result:
+    label, _ = _source(tracer, node)
+    rank = len(label)
+    first = argument(node, 1, "dim0", node.kwargs.get("axis0"))
+    second = argument(node, 2, "dim1", node.kwargs.get("axis1"))
+    if not isinstance(first, int) or not isinstance(second, int):
+        return None
+    result = list(label)
+    first, second = first % rank, second % rank
+    result[first], result[second] = result[second], result[first]
+    return tuple(result)
+
+
+def matrix_transpose(tracer: Tracer, node: fx.Node) -> Result:
+    label, _ = _source(tracer, node)
+    return (*label[:-2], *reversed(label[-2:]))
+
+
+def movedim(tracer: Tracer, node: fx.Node) -> Result:
+    label, _ = _source(tracer, node)
+    rank = len(label)
+    source, target = argument(node, 1, "source"), argument(node, 2, "destination")
+    sources = [source] if isinstance(source, int) else source
+    targets = [target] if isinstance(target, int) else target
+    if not isinstance(sources, (tuple, list)) or not isinstance(targets, (tuple, list)):
+        return None
+    moved = {int(t) % rank: int(s) % rank for s, t in zip(sources, targets, strict=True)}
+    rest = iter(dim for dim in range(rank) if dim not in moved.values())
+    return tuple(label[moved[dim] if dim in moved else next(rest)] for dim in range(rank))
+
+
+def expand(tracer: Tracer, node: fx.Node) -> Result:
+    """Dimensions that grow from 1 are new axes; the others keep theirs. Also repeat, tile and broadcast_to."""
+    label, sizes = _source(tracer, node)
+    out = shape_of(node)
+    lead = len(out) - len(label)
+    return tuple(
+        label[dim - lead] if dim >= lead and same(sizes[dim - lead], size) else fresh(node.name, dim, size)
+        for dim, size in enumerate(out)
+    )
+
+
+def cat(tracer: Tracer, node: fx.Node) -> Result:
+    tensors = argument(node, 0, "tensors")
+    if not isinstance(tensors, (tuple, list)):
+        return None
+    labels = [tracer.label(t) for t in tensors if fake_tensor(t) is not None]
+    shapes = [shape_of(t) for t in tensors if fake_tensor(t) is not None]
+    rank = len(shape_of(node))
+    if any(len(label) != rank for label in labels):  # legacy: an empty 1-D tensor among the parts
+        return None
+    dim = _dim(argument(node, 1, "dim", node.kwargs.get("axis", 0)), rank)
+    result = [functools.reduce(merge, axes) for axes in zip(*labels, strict=True)]
+    parts: list[Axis] = []
+    for index, (label, shape) in enumerate(zip(labels, shapes, strict=True)):
+        # A part of size 1 (a class token) has no atoms; here it takes a place, so it gets one.
+        single = (Atom(f"{node.name}[{index}].{dim}", shape[dim], origin=node.name, dim=dim),)
+        parts.append(label[dim] or single)
+    result[dim] = concat(parts)
+    return tuple(result)
+
+
+def stack(tracer: Tracer, node: fx.Node) -> Result:
+    tensors = argument(node, 0, "tensors")
+    if not isinstance(tensors, (tuple, list)):
+        return None
+    labels = [tracer.label(t) for t in tensors]
+    out = shape_of(node)
+    dim = _dim(argument(node, 1, "dim", 0), len(out))
+    result = [functools.reduce(merge, axes) for axes in zip(*labels, strict=True)]
+    result.insert(dim, fresh(node.name, dim, out[dim]))
+    return tuple(result)
+
+
+def split(tracer: Tracer, node: fx.Node) -> Result:
+    """split, chunk, tensor_split: consecutive slices of one dimension."""
+    label, _ = _source(tracer, node)
+    dim = argument(node, 2, "dim", 0)
+    outputs = fake_value(node)
+    if not isinstance(dim, int) or not isinstance(outputs, (tuple, list)):
+        return None
+    dim %= len(label)
+    start = Size(sympy.Integer(0), 0)
+    result = []
+    for output in outputs:
+        size = size_of(output.shape[dim])
+        result.append((*label[:dim], cut(label[dim], start, size), *label[dim + 1 :]))
+        start = Size(start.expr + size.expr, start.hint + size.hint)
+    return result
+
+
+def unbind(tracer: Tracer, node: fx.Node) -> Result:
+    label, _ = _source(tracer, node)
+    dim = _dim(argument(node, 1, "dim", 0), len(label))
+    outputs = fake_value(node)
+    return [(*label[:dim], *label[dim + 1 :]) for _ in outputs]
+
+
+def select(tracer: Tracer, node: fx.Node) -> Result:
+    label, _ = _source(tracer, node)
+    dim = _dim(argument(node, 1, "dim"), len(label))
+    return (*label[:dim], *label[dim + 1 :])
+
+
+def narrow(tracer: Tracer, node: fx.Node) -> Result:
+    label, _ = _source(tracer, node)
+    dim = _dim(argument(node, 1, "dim"), len(label))
+    start = _size_argument(argument(node, 2, "start"))
+    if start is None:
+        return None
+    return (*label[:dim], cut(label[dim], start, shape_of(node)[dim]), *label[dim + 1 :])
+
+
+def _size_argument(value: Any) -> Size | None:
+    value = fake_value(value)
+    return size_of(value) if isinstance(value, (int, torch.SymInt)) else None
+
+
+def getitem(tracer: Tracer, node: fx.Node) -> Result:
+    """An output of several, or basic indexing of a tensor."""
+    source, index = node.args
+    assert isinstance(source, fx.Node)
+    if fake_tensor(source) is None:
+        labels = tracer.outputs(source)
+        return labels[index] if labels is not None and isinstance(index, int) else None
+    return index_label(tracer.label(source), shape_of(source), index, shape_of(node), node.name)
+
+
+def index_label(label: Label, sizes: Sequence[Size], index: Any, out: Sequence[Size], name: str) -> Label | None:
+    """Label of ``tensor[index]`` for ints, slices, None and Ellipsis; None for advanced indexing."""
+    items = list(index) if isinstance(index, (tuple, list)) else [index]
+    used = sum(item is not None and item is not Ellipsis for item in items)
+    if Ellipsis not in [item if item is Ellipsis else None for item in items]:
+        items.append(Ellipsis)
+    position = items.index(Ellipsis)
+    items[position : position + 1] = [slice(None)] * (len(label) - used)
+    result: list[Axis] = []
+    dim = 0
+    for item in items:
+        if item is None:
+            result.append(())
+        elif isinstance(item, slice):
+            result.append(_sliced(label[dim], sizes[dim], item, out[len(result)], f"{name}.{len(result)}"))
+            dim += 1
+        elif isinstance(fake_value(item), (int, torch.SymInt)) and not isinstance(item, bool):
+            dim += 1
+        else:
+            return None
+    return tuple(result)
+
+
+def _sliced(axis: Axis, size: Size, item: slice, out: Size, name: str) -> Axis:
+    if item.step not in (None, 1):
+        return fresh(name, 0, out)
+    start = Size(sympy.Integer(0), 0) if item.start is None else _size_argument(item.start)
+    if start is None:
+        return fresh(name, 0, out)
+    if start.hint < 0:
+        start = Size(size.expr + start.expr, size.hint + start.hint)
+    return cut(axis, start, out)
+
+
+def pad(tracer: Tracer, node: fx.Node) -> Result:
+    """Padded dimensions become new axes, unpadded ones keep theirs."""
+    return expand(tracer, node)
+
+
+def linear(tracer: Tracer, node: fx.Node) -> Result:
+    label, _ = _source(tracer, node)
+    out = shape_of(node)
+    return (*label[:-1], fresh(node.name, len(out) - 1, out[-1]))
+
+
+def matmul(tracer: Tracer, node: fx.Node) -> Result:
+    operands = [arg for arg in node.args if isinstance(arg, fx.Node)]
+    if len(operands) < 2:
+        return None
+    left, right = tracer.label(operands[-2]), tracer.label(operands[-1])
+    if len(left) < 2 or len(right) < 2:
+        return None
+    batch = [
+        merge(a, b) for a, b in itertools.zip_longest(reversed(left[:-2]), reversed(right[:-2]), fillvalue=())
+    ]
+    return (*reversed(batch), left[-2], right[-1])
+
+
+def einsum(tracer: Tracer, node: fx.Node) -> Result:
+    equation = node.args[0]
+    operands = node.args[1:]
+    if len(operands) == 1 and isinstance(operands[0], (tuple, list)):
+        operands = tuple(operands[0])
+    if not isinstance(equation, str) or "." in equation or "->" not in equation:
+        return None
+    inputs, output = equation.replace(" ", "").split("->")
+    letters: dict[str, Axis] = {}
+    for term, operand in zip(inputs.split(","), operands, strict=True):
+        for letter, axis in zip(term, tracer.label(operand), strict=True):
+            letters[letter] = merge(letters.get(letter, ()), axis)
+    return tuple(letters[letter] for letter in output)
+
+
+def convolution(tracer: Tracer, node: fx.Node) -> Result:
+    label, _ = _source(tracer, node)
+    out = shape_of(node)
+    weight = argument(node, 1, "weight")
+    spatial = len(shape_of(weight)) - 2
+    lead = len(out) - spatial
+    batch = label[: lead - 1]
+    space = (strided(label[dim], out[dim]) for dim in range(lead, len(out)))
+    return (*batch, fresh(node.name, lead - 1, out[lead - 1]), *space)
+
+
+def resample(tracer: Tracer, node: fx.Node) -> Result:
+    """interpolate and pooling: every dimension keeps its order."""
+    label, _ = _source(tracer, node)
+    out = shape_of(node)
+    return tuple(strided(axis, size) for axis, size in zip(label, out, strict=True)) if len(label) == len(out) else None
+
+
+def embedding(tracer: Tracer, node: fx.Node) -> Result:
+    label, _ = _source(tracer, node)
+    out = shape_of(node)
+    return (*label, fresh(node.name, len(out) - 1, out[-1]))
+
+
+def meshgrid(tracer: Tracer, node: fx.Node) -> Result:
+    tensors = node.args[0] if node.args and isinstance(node.args[0], (tuple, list)) else node.args
+    if node.kwargs.get("indexing", "ij") != "ij":
+        return None
+    label = tuple(tracer.label(t)[0] if tracer.label(t) else () for t in tensors)
+    return [label for _ in tensors]
+
+
+def reduce(tracer: Tracer, node: fx.Node) -> Result:
+    """sum, mean, amax ... over dims: the remaining axes keep their labels."""
+    label, _ = _source(tracer, node)
+    value = fake_value(node)
+    dims = node.kwargs.get("dim", node.args[1] if len(node.args) > 1 else None)
+    if dims is None:
+        return () if isinstance(value, torch.Tensor) and value.ndim == 0 else None
+    listed = [dims] if isinstance(dims, int) else dims
+    if not isinstance(listed, (tuple, list)) or not all(isinstance(d, int) for d in listed):
+        return None
+    gone = {int(d) % len(label) for d in listed}  # type: ignore[call-overload]
+    keep = argument(node, 2, "keepdim", False)
+    result = tuple(() if dim in gone else axis for dim, axis in enumerate(label) if keep or dim not in gone)
+    return [result, result] if isinstance(value, (tuple, list)) else result
+
+
+def attention(tracer: Tracer, node: fx.Node) -> Result:
+    """The queries' tokens with the values' features."""
+    query, value = argument(node, 0, "query"), argument(node, 2, "value")
+    return (*tracer.label(query)[:-1], tracer.label(value)[-1])
+
+
+def complex_view(tracer: Tracer, node: fx.Node) -> Result:
+    label, _ = _source(tracer, node)
+    return label[:-1]
+
+
+def real_view(tracer: Tracer, node: fx.Node) -> Result:
+    label, _ = _source(tracer, node)
+    out = shape_of(node)
+    return (*label, fresh(node.name, len(out) - 1, out[-1]))
+
+
+def attribute(tracer: Tracer, node: fx.Node) -> Result:
+    """``getattr(x, "T")`` and kin."""
+    name = node.args[1]
+    label = tracer.label(node.args[0]) if fake_tensor(node.args[0]) is not None else None
+    if label is None:
+        return None
+    if name in ("T", "mT", "H", "mH"):
+        return tuple(reversed(label)) if name in ("T", "H") else (*label[:-2], *reversed(label[-2:]))
+    return label if name in ("data", "grad", "real", "imag") else None
+
+
+RULES: dict[str, Rule] = {
+    **dict.fromkeys(
+        "view reshape flatten unflatten squeeze unsqueeze view_as reshape_as _unsafe_view ravel squeeze_ "
+        "unsqueeze_".split(),
+        view,
+    ),
+    "permute": permute,
+    **dict.fromkeys(("transpose", "swapaxes", "swapdims", "transpose_"), transpose),
+    **dict.fromkeys(("t", "numpy_T", "matrix_H", "adjoint"), matrix_transpose),
+    **dict.fromkeys(("movedim", "moveaxis"), movedim),
+    **dict.fromkeys("expand expand_as broadcast_to repeat tile repeat_interleave".split(), expand),
+    **dict.fromkeys(("cat", "concat", "concatenate"), cat),
+    "stack": stack,
+    **dict.fromkeys("split chunk tensor_split split_with_sizes unsafe_chunk unsafe_split".split(), split),
+    "unbind": unbind,
+    "select": select,
+    "narrow": narrow,
+    "getitem": getitem,
+    "getattr": attribute,
+    "pad": pad,
+    "linear": linear,
+    **dict.fromkeys(("matmul", "bmm", "mm", "baddbmm", "__matmul__"), matmul),
+    "einsum": einsum,
+    **dict.fromkeys(("conv1d", "conv2d", "conv3d", "convolution"), convolution),
+    **dict.fromkeys(
+        "interpolate avg_pool1d avg_pool2d avg_pool3d max_pool1d max_pool2d max_pool3d adaptive_avg_pool1d "
+        "adaptive_avg_pool2d adaptive_avg_pool3d".split(),
+        resample,
+    ),
+    "embedding": embedding,
+    "meshgrid": meshgrid,
+    **dict.fromkeys("sum mean amax amin max min prod std var logsumexp norm any all argmax argmin".split(), reduce),
+    "scaled_dot_product_attention": attention,
+    "hop::flex_attention": attention,
+    "view_as_complex": complex_view,
+    "view_as_real": real_view,
+}

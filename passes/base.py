@@ -1,0 +1,185 @@
+"""What every pass gets and gives, and how a pass adds nodes with right metadata."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import re
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import sympy
+import torch
+from torch import fx
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+
+from fpscompile.ir import AttentionSite, Rejection, Size
+from fpscompile.passes.axes import Label
+from fpscompile.plan import Plan
+from fpscompile.records import Note
+from fpscompile.settings import Settings
+
+FakeValue = Any
+"""What Dynamo keeps in ``node.meta["example_value"]``: a fake tensor, a SymInt, a container of them, or None."""
+
+
+@dataclass
+class GraphState:
+    """One graph on its way through the passes: the graph itself and what the passes before have established.
+
+    Made for one compilation and thrown away with it; passes hold no state of their own.
+    """
+
+    gm: fx.GraphModule
+    settings: Settings
+    published_grid: tuple[int, int, int] | None = None
+    """The grid that ``attach`` publishes for the call being compiled."""
+    attached: bool = False
+    """Whether an attachment exists for the call being compiled."""
+    notes: list[Note] = field(default_factory=list)
+    near_misses: list[Rejection] = field(default_factory=list)
+    """From normalize: arithmetic that resembles attention, and why it is not taken for it."""
+    labels: dict[fx.Node, Label] = field(default_factory=dict)
+    """From trace_axes: what every tensor dimension is made of."""
+    homes: dict[sympy.Expr, tuple[fx.Node, int]] = field(default_factory=dict)
+    """From trace_axes: the first node and dimension of each symbolic size, to read it from at run time."""
+    sites: list[AttentionSite] = field(default_factory=list)
+    """From find_sites."""
+    plans: dict[fx.Node, Plan] = field(default_factory=dict)
+    """From plan_sites: a plan for every site that will be rewritten."""
+    rewritten: dict[fx.Node, fx.Node] = field(default_factory=dict)
+    """From lower_sites: canonical call -> the ``fps::attention`` node in its place."""
+    progress_source: str = ""
+    """From lower_sites: how the denoising step reaches the graph."""
+    inputs: list[str] = field(default_factory=list)
+    """From lower_sites: inputs added at the end of the graph, "progress" and "grid", in order."""
+
+    @property
+    def graph(self) -> fx.Graph:
+        return self.gm.graph
+
+    @functools.cached_property
+    def fake_mode(self) -> FakeTensorMode | None:
+        """The mode of the graph's inputs."""
+        return fake_mode(fake_value(node) for node in self.graph.nodes if node.op == "placeholder")
+
+    def note(self, level: str, code: str, message: str) -> None:
+        if not any(note.code == code and note.message == message for note in self.notes):
+            self.notes.append(Note(level, code, message))
+
+
+class Pass(Protocol):
+    """A frozen dataclass with a name; ``run`` changes the state and says whether it changed the graph."""
+
+    @property
+    def name(self) -> str: ...
+
+    def run(self, state: GraphState) -> bool: ...
+
+
+def fake_value(node: Any) -> FakeValue:
+    """The fake value of a node (None when it has none); any other object is its own value."""
+    return node.meta.get("example_value") if isinstance(node, fx.Node) else node
+
+
+def fake_tensor(node: Any) -> torch.Tensor | None:
+    value = fake_value(node)
+    return value if isinstance(value, torch.Tensor) else None
+
+
+def size_of(value: int | torch.SymInt) -> Size:
+    """A dimension as expression and hint, without installing a guard. Unbacked sizes have hint 0."""
+    if isinstance(value, torch.SymInt):
+        hint = value.node.hint
+        return Size(value.node.expr, int(hint) if isinstance(hint, int) else 0)
+    return Size(sympy.Integer(int(value)), int(value))
+
+
+def shape_of(node: fx.Node) -> tuple[Size, ...]:
+    """Sizes of a tensor node."""
+    value = fake_tensor(node)
+    assert value is not None, f"{node} is not a tensor"
+    return tuple(size_of(size) for size in value.shape)
+
+
+def emit(
+    state: GraphState, target: Callable[..., Any] | str, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None
+) -> fx.Node:
+    """Insert a call at the graph's insertion point, with its fake value computed. A str target is a method."""
+    kwargs = kwargs or {}
+    node = (
+        state.graph.call_method(target, args, kwargs)
+        if isinstance(target, str)
+        else state.graph.call_function(target, args, kwargs)
+    )
+    values = fx.map_arg(args, fake_value)
+    named = fx.map_arg(kwargs, fake_value)
+    mode = fake_mode(_leaves((values, named))) or state.fake_mode
+    call = getattr(values[0], target) if isinstance(target, str) else target
+    inputs = values[1:] if isinstance(target, str) else values
+    with mode or contextlib.nullcontext():
+        node.meta["example_value"] = call(*inputs, **named)
+    return node
+
+
+def fake_mode(values: Iterable[Any]) -> FakeTensorMode | None:
+    """The mode of the first fake tensor: the one Dynamo traced in, which is not the one the inner compiler gets."""
+    return next((value.fake_mode for value in values if isinstance(value, FakeTensor)), None)
+
+
+def _leaves(value: Any) -> Iterator[Any]:
+    if isinstance(value, (tuple, list)):
+        for item in value:
+            yield from _leaves(item)
+    elif isinstance(value, dict):
+        for item in value.values():
+            yield from _leaves(item)
+    else:
+        yield value
+
+
+def copy_origin(new: fx.Node, old: fx.Node) -> None:
+    """Give a new node the module and source line of the one it stands for."""
+    for key in ("stack_trace", "nn_module_stack", "source_fn_stack"):
+        if key in old.meta:
+            new.meta[key] = old.meta[key]
+
+
+def module_path(node: fx.Node) -> str:
+    """Dotted path of the module that made the call, "" when the graph does not say."""
+    stack = node.meta.get("nn_module_stack") or {}
+    if not stack:
+        return ""
+    path = str(list(stack.values())[-1][0])
+    words = re.findall(r"[A-Za-z_]\w*|\d+", path)
+    return ".".join(word for word in words if word not in ("L", "G", "self", "fn", "_modules", "__dict__", "_orig_mod"))
+
+
+def target_name(node: fx.Node) -> str:
+    """The bare name of what a node calls: ``transpose`` for the method, the function and the aten op alike.
+
+    Ops of other namespaces keep theirs (``mylib::transpose``), so no rule takes them for torch's own.
+    """
+    target = node.target
+    if node.op == "call_method":
+        return str(target)
+    if isinstance(target, torch._ops.OpOverloadPacket):
+        namespace, _, name = target._qualified_op_name.partition("::")
+        return name if namespace == "aten" else f"{namespace}::{name}"
+    if isinstance(target, torch._ops.OpOverload):
+        namespace, _, name = target._schema.name.partition("::")
+        return name if namespace == "aten" else f"{namespace}::{name}"
+    if isinstance(target, torch._ops.HigherOrderOperator):
+        return f"hop::{target.name()}"
+    name = getattr(target, "__name__", str(target))
+    module = getattr(target, "__module__", None) or ""
+    known = module.startswith(("torch", "_operator", "operator", "builtins")) or module == ""
+    return str(name) if known else f"{module}::{name}"
+
+
+def argument(node: fx.Node, position: int, name: str, default: Any = None) -> Any:
+    """An argument given by position or by name."""
+    if len(node.args) > position:
+        return node.args[position]
+    return node.kwargs.get(name, default)

@@ -1,0 +1,211 @@
+"""lower_sites: put ``fps::attention`` in the place of every planned site.
+
+The op takes q, k, v in whatever strides they have and returns [B, L, heads, features] memory seen as
+[B, heads, L, features], so the transposes around the call stay views. What changes per call is an input:
+
+- the phase, int32 on the device, from the published progress or from the timestep input of the graph;
+- the grid, as sizes read from tensors of the graph, as constants, or as published by ``attach``.
+
+Legality is find_sites' business; this pass only writes. Last in the pipeline.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import operator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx
+
+import fpscompile.ops  # noqa: F401  (registers torch.ops.fps)
+from fpscompile.errors import FpsError
+from fpscompile.ir import AttentionSite, Size, Span
+from fpscompile.passes.axes import Axis, axis_size, describe, same
+from fpscompile.passes.base import GraphState, copy_origin, emit, fake_tensor, shape_of
+from fpscompile.passes.find_sites import key_mask, runs
+from fpscompile.passes.plan_sites import resolved_plan
+from fpscompile.passes.trace_axes import source_name
+
+PROGRESS, GRID = "progress", "grid"
+"""Inputs that the backend appends to the graph and fills on every call."""
+
+
+@dataclass(frozen=True)
+class LowerSites:
+    name: str = "lower_sites"
+
+    def run(self, state: GraphState) -> bool:
+        if not state.plans:
+            return False
+        phases: dict[tuple[Any, ...], fx.Node] = {}
+        for site in state.sites:
+            if site.node in state.plans:
+                state.rewritten[site.node] = _rewrite(state, site, phases)
+        return True
+
+
+def _rewrite(state: GraphState, site: AttentionSite, phases: dict[tuple[Any, ...], fx.Node]) -> fx.Node:
+    plan = state.plans[site.node]
+    query, key, value = site.node.args[:3]
+    conservative = resolved_plan(site, plan).conservative
+    device = fake_tensor(query).device  # type: ignore[union-attr]
+    cache_key = (conservative, device, _phase_follows_batch(state, site))
+    if cache_key not in phases:
+        phases[cache_key] = _phase(state, *cache_key)
+    published = _extra_input(state, GRID, torch.int64, (3,), torch.device("cpu")) if site.grid_source == "attach" else None
+    with state.graph.inserting_before(site.node):
+        sizes = _SizeReader(state)
+        grid = [] if published is not None else sizes.grid(site)
+        assert site.query_span is not None and site.key_span is not None
+        spans = (sizes.span(site, 0, site.query_span), sizes.span(site, 1, site.key_span))
+        arguments = (query, key, value, _mask(state, site.node), phases[cache_key], grid, published, *spans)
+        scale = site.node.kwargs.get("scale")
+        node = emit(state, torch.ops.fps.attention.default, (*arguments, scale, plan.to_json()))
+        output = emit(state, operator.getitem, (node, 0))
+    for new in (node, output):
+        copy_origin(new, site.node)
+    site.node.replace_all_uses_with(output)
+    state.graph.erase_node(site.node)
+    return node
+
+
+def _mask(state: GraphState, node: fx.Node) -> fx.Node | None:
+    """The key mask as [B | 1, H | 1, 1, Lk]."""
+    mask = key_mask(node)
+    if mask is None:
+        return None
+    rank = len(shape_of(mask))
+    if rank == 1:
+        mask = emit(state, "unsqueeze", (mask, 0))
+        rank = 2
+    while rank < 4:
+        mask = emit(state, "unsqueeze", (mask, 0))
+        rank += 1
+    return mask
+
+
+def _phase_follows_batch(state: GraphState, site: AttentionSite) -> bool:
+    """Whether the site's batch runs over the timestep's batch first, so that a per-sample phase fits it."""
+    timestep = find_timestep(state)
+    if timestep is None:
+        return True
+    shape = shape_of(timestep)
+    batch = shape[0] if shape else None
+    if batch is None or batch.expr == 1:
+        return True
+    axis = state.labels[site.node.args[0]][0]  # type: ignore[index]
+    return same(axis_size(axis), batch) or bool(axis) and same(axis[0].size, batch)
+
+
+def find_timestep(state: GraphState) -> fx.Node | None:
+    """The graph input that ``options["timestep"]["input"]`` names, if it is one tensor."""
+    name = state.settings.timestep.input
+    found = [
+        node
+        for node in state.graph.nodes
+        if node.op == "placeholder"
+        and fake_tensor(node) is not None
+        and (source_name(node).endswith((f"['{name}']", f".{name}")) or source_name(node) == "" and node.target == name)
+    ]
+    return found[0] if len(found) == 1 else None
+
+
+def _phase(state: GraphState, conservative: int, device: torch.device, per_sample: bool) -> fx.Node:
+    """The node that computes the phase: from published progress first, else from the timestep."""
+    schedule, options = state.settings.phases, state.settings.timestep
+    timestep = find_timestep(state) if per_sample else None
+    if len(schedule.phases) == 1:
+        state.progress_source = "constant"
+        with state.graph.inserting_after(_last_input(state)):
+            return emit(state, torch.zeros, ((1,),), {"dtype": torch.int32, "device": device})
+    published = _extra_input(state, PROGRESS, torch.float32, (1,), device)
+    if timestep is not None:
+        state.progress_source = f"input {options.input!r}"
+    elif state.attached:
+        state.progress_source = "attach"
+    else:
+        state.progress_source = "unknown"
+        state.note(
+            "warning",
+            "progress-unknown",
+            f"the graph has no tensor input {options.input!r} to read the denoising step from, so every step uses "
+            f"phase {conservative}, the densest; call fpscompile.attach, or name the input in options['timestep']",
+        )
+    with state.graph.inserting_after(_last_input(state)):
+        return emit(
+            state,
+            torch.ops.fps.phase_index.default,
+            (
+                timestep,
+                published,
+                list(schedule.boundaries),
+                conservative,
+                float(options.start),
+                float(options.end),
+                float(options.shift),
+            ),
+        )
+
+
+def _last_input(state: GraphState) -> fx.Node:
+    return [node for node in state.graph.nodes if node.op == "placeholder"][-1]
+
+
+def _extra_input(
+    state: GraphState, name: str, dtype: torch.dtype, shape: tuple[int, ...], device: torch.device
+) -> fx.Node:
+    """A new graph input, after all others. It has no Dynamo source: nothing is guarded on it."""
+    target = f"fps_{name}"
+    placeholders = [node for node in state.graph.nodes if node.op == "placeholder"]
+    for node in placeholders:
+        if node.target == target:
+            return node
+    with state.graph.inserting_after(placeholders[-1]):
+        node = state.graph.placeholder(target)
+    with state.fake_mode or contextlib.nullcontext():
+        node.meta["example_value"] = torch.zeros(shape, dtype=dtype, device=device)
+    node._dynamo_source = None  # type: ignore[attr-defined]
+    state.inputs.append(name)
+    return node
+
+
+class _SizeReader:
+    """Writes sizes as constants where they are numbers, else reads them from tensors of the graph."""
+
+    def __init__(self, state: GraphState) -> None:
+        self.state = state
+
+    def read(self, size: Size, axis: Axis) -> int | fx.Node:
+        """``size``, which is that of ``axis``: off a tensor that has it, or as the product of the axis's factors."""
+        if size.expr.is_number:
+            return int(size.expr)
+        if size.expr in self.state.homes:
+            return emit(self.state, "size", self.state.homes[size.expr])
+        if len(axis) < 2:
+            raise FpsError(f"no tensor of the graph has the size {size.expr} of {describe(axis)}")
+        return functools.reduce(
+            lambda left, right: emit(self.state, operator.mul, (left, right)),
+            (self.read(factor.size, (factor,)) for factor in axis),
+        )
+
+    def span(self, site: AttentionSite, side: int, span: Span) -> list[int | fx.Node]:
+        """[first video token, number of video tokens] of the queries (side 0) or the keys (side 1)."""
+        pieces = runs(self.state.labels[site.node.args[side]][2])  # type: ignore[index]
+        ahead, start = [], 0
+        for piece in pieces:
+            if start == span.start.hint and same(axis_size(piece), span.length):
+                break
+            ahead.append(piece)
+            start += axis_size(piece).hint
+        video = pieces[len(ahead)]
+        lengths = [self.read(axis_size(piece), piece) for piece in ahead]
+        first: int | fx.Node = 0
+        for length in lengths:
+            first = length if first == 0 else emit(self.state, operator.add, (first, length))
+        return [first, self.read(span.length, video)]
+
+    def grid(self, site: AttentionSite) -> list[int | fx.Node]:
+        return [self.read(size, ()) for size in site.grid or ()]
