@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import math
+import threading
 from collections.abc import Callable
 from types import TracebackType
 from typing import Any
@@ -19,7 +20,6 @@ from torch._dynamo.eval_frame import OptimizedModule
 from fpscompile import runtime
 from fpscompile.errors import GridError, OptionError
 from fpscompile.grid_of_call import GridReader
-
 
 GridFunction = Callable[[tuple[Any, ...], dict[str, Any]], "tuple[int, int, int] | None"]
 
@@ -58,7 +58,7 @@ def attach(
 
 
 def _denoisers(pipe: Any) -> dict[str, nn.Module]:
-    components = getattr(pipe, "components", None) or vars(pipe)
+    components = getattr(pipe, "components", None) or getattr(pipe, "__dict__", {})
     return {
         name: module
         for name, module in components.items()
@@ -92,7 +92,9 @@ class Attachment:
     def __enter__(self) -> Attachment:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self.detach()
 
     def detach(self) -> None:
@@ -166,20 +168,25 @@ def _hook(model: nn.Module, open_call: Callable[..., Any]) -> list[Callable[[], 
     """Open a call before ``model`` runs and close it after, whatever form of compilation it went through."""
     if model._compiled_call_impl is not None:
         return [_wrap_compiled_call(model, open_call)]
-    tokens: list[Any] = []
+    # One stack per thread: a call that is refused must not close the call that is running.
+    local = threading.local()
 
     def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         # Traced by Dynamo when the model itself is compiled: then the graph shows the grid, and progress is found
         # through the owner of the weights.
         if torch.compiler.is_compiling():
             return
-        tokens.append(open_call(args, kwargs))
+        if not hasattr(local, "tokens"):
+            local.tokens = []
+        local.tokens.append(None)
+        local.tokens[-1] = open_call(args, kwargs)
 
     def after(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         if torch.compiler.is_compiling():
             return
-        if tokens:
-            runtime.close_call(tokens.pop())
+        token = local.tokens.pop() if getattr(local, "tokens", None) else None
+        if token is not None:
+            runtime.close_call(token)
 
     handles = [
         model.register_forward_pre_hook(before, with_kwargs=True),

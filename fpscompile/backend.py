@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import logging
 import os
 import time
@@ -62,7 +63,6 @@ class Backend:
     def __call__(self, gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Compiled:
         inner = inner_compiler(self.settings, self.mode)
         record, state = rewrite(gm, self.settings, detail=self.detail)
-        self.graphs.append(record)
         _log(record)
         if self.settings.strict:
             _check_strict(record)
@@ -70,14 +70,17 @@ class Backend:
             _check_cpp_compiler(gm)
         extra = [node for node in gm.graph.nodes if node.op == "placeholder"][len(example_inputs) :]
         compiled = inner(gm, [*example_inputs, *_examples_of(extra)])
+        # Only now: Dynamo may restart its analysis from inside the inner compiler and hand over the graph again.
+        self.graphs.append(record)
         if not extra:
             return compiled
         return _with_inputs(compiled, state.inputs, [fake_tensor(node).device for node in extra], record)  # type: ignore[union-attr]
 
 
 def rewrite(gm: fx.GraphModule, settings: Settings, *, detail: bool = False) -> tuple[GraphRecord, GraphState]:
-    """Run the passes on ``gm`` in place and record what they decided."""
+    """Run the passes on ``gm`` and record what they decided. ``gm`` gets a new graph; the captured one stays whole."""
     began = time.perf_counter()
+    gm.graph = _copy_graph(gm.graph)
     call = runtime.current_call()
     arguments = [_example(node) for node in gm.graph.nodes if node.op == "placeholder"]
     attached = call is not None or runtime.owner_of(arguments) is not None
@@ -98,6 +101,15 @@ def rewrite(gm: fx.GraphModule, settings: Settings, *, detail: bool = False) -> 
     record.seconds = sum(step.seconds for step in record.passes)
     logger.debug("passes took %.3f s, all of the rewrite %.3f s", record.seconds, time.perf_counter() - began)
     return record, state
+
+
+def _copy_graph(graph: fx.Graph) -> fx.Graph:
+    """Dynamo still reads the graph it captured, to call what we return; inputs that we append must not show there."""
+    result = copy.deepcopy(graph)
+    for old, new in zip(graph.nodes, result.nodes, strict=True):
+        if hasattr(old, "_dynamo_source"):
+            new._dynamo_source = old._dynamo_source
+    return result
 
 
 class _Pictures:
@@ -220,7 +232,11 @@ def _examples_of(nodes: Sequence[fx.Node]) -> list[torch.Tensor]:
     """Example inputs for placeholders that Dynamo does not know, fake in the mode the inner compiler traces in."""
     context = torch._guards.TracingContext.try_get()
     with (context and context.fake_mode) or contextlib.nullcontext():
-        return [torch.zeros(value.shape, dtype=value.dtype, device=value.device) for value in map(fake_tensor, nodes) if value is not None]
+        return [
+            torch.zeros(value.shape, dtype=value.dtype, device=value.device)
+            for value in map(fake_tensor, nodes)
+            if value is not None
+        ]
 
 
 def inner_compiler(settings: Settings, mode: str | None) -> Callable[[fx.GraphModule, list[Any]], Compiled]:
@@ -265,7 +281,12 @@ def _inductor(options: dict[str, Any], mode: str | None) -> Callable[[fx.GraphMo
         if name not in known:
             raise OptionError(f"inner_options has no key {key!r}: it is not an option of Inductor")
         patches[name] = value
-    return lambda gm, inputs: compile_fx.compile_fx(gm, inputs, config_patches=patches or None)
+
+    def inductor(gm: fx.GraphModule, inputs: list[Any]) -> Compiled:
+        compiled: Any = compile_fx.compile_fx(gm, inputs, config_patches=patches or None)
+        return compiled  # type: ignore[no-any-return]
+
+    return inductor
 
 
 def _check_cpp_compiler(gm: fx.GraphModule) -> None:

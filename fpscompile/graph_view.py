@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
 from typing import Any
 
 import networkx as nx
@@ -15,7 +14,7 @@ INPUT, PARAM, ATTENTION, OP, OUTPUT = ROLES = ("input", "param", "attention", "o
 MAX_NODES = 30
 """A neighbourhood never shows more: beyond it, a picture is no longer read."""
 
-_ATTENTION = re.compile(r"(scaled_dot_product|flash|efficient|flex)\w*attention|memory_efficient_attention")
+_ATTENTION = re.compile(r"^fps::attention|(scaled_dot_product|flash|efficient|flex)\w*attention")
 _STATE = re.compile(r"_(parameters|buffers)_")
 _SHORT = {"scaled_dot_product_attention": "sdpa"}
 _LABEL = 22
@@ -24,9 +23,15 @@ _LABEL = 22
 def to_networkx(graph: fx.Graph) -> nx.DiGraph:
     """The whole graph, edges from producer to consumer.
 
-    Nodes are named as in ``graph`` and carry ``label`` (what is called), ``shape`` (text such as "[1, 12, 4680, 64]",
-    "" when the graph does not say; symbolic sizes by name), ``role`` (one of :data:`ROLES`) and ``inputs`` (number of
-    producers in ``graph``). Linear in nodes and edges.
+    Nodes are named as in ``graph`` and carry
+
+    * ``label``: what is called;
+    * ``shape``: text such as "[1, 12, 4680, 64]", symbolic sizes by name; "[2, 3] +1" for the first of two results;
+      "" when the graph does not say;
+    * ``role``: one of :data:`ROLES`;
+    * ``inputs``: number of producers in ``graph``.
+
+    Linear in nodes and edges.
     """
     picture = nx.DiGraph()
     for node in graph.nodes:
@@ -107,11 +112,16 @@ def _role(node: fx.Node) -> str:
 
 
 def _is_attention(target: Any) -> bool:
-    if getattr(target, "namespace", None) == "fps":
-        return True
+    return _ATTENTION.search(_called(target)) is not None
+
+
+def _called(target: Any) -> str:
+    """Name of a called function; ops keep their namespace, except torch's own."""
     if isinstance(target, torch._ops.OpOverload):
-        return target._schema.name.startswith("fps::") or _ATTENTION.search(target._schema.name) is not None
-    return _ATTENTION.search(getattr(target, "__name__", "")) is not None
+        return target._schema.name.removeprefix("aten::")
+    if isinstance(target, torch._ops.OpOverloadPacket):
+        return target._qualified_op_name.removeprefix("aten::")
+    return getattr(target, "__name__", str(target)).strip("_")
 
 
 def _label(node: fx.Node) -> str:
@@ -120,28 +130,18 @@ def _label(node: fx.Node) -> str:
         return _clip(re.sub(r"^l_(kwargs_|args_|self_)?|_+$", "", node.name, flags=re.IGNORECASE) or node.name)
     if node.op == "output":
         return "output"
-    target = node.target
-    if isinstance(target, torch._ops.OpOverload):
-        name = target._schema.name if target.namespace == "fps" else target._schema.name.split("::")[-1]
-    elif isinstance(target, str):
-        name = target.rsplit(".", 1)[-1]
-    else:
-        name = getattr(target, "__name__", str(target))
-        name = f"fps::{name}" if getattr(target, "namespace", None) == "fps" else name
-    return _clip(_SHORT.get(name, name.strip("_")))
+    name = node.target.rsplit(".", 1)[-1] if isinstance(node.target, str) else _called(node.target)
+    return _clip(_SHORT.get(name, name))
 
 
 def _shape(value: Any) -> str:
     if isinstance(value, torch.Tensor):
         return f"[{', '.join(_clip(str(size), 16) for size in value.shape)}]"
-    if isinstance(value, (tuple, list)) and any(isinstance(item, torch.Tensor) for item in value):
-        return _clip(" ".join(_shapes(value)), 40)
+    if isinstance(value, (tuple, list)):
+        tensors = [item for item in value if isinstance(item, torch.Tensor)]
+        more = f" +{len(tensors) - 1}" if len(tensors) > 1 else ""
+        return _shape(tensors[0]) + more if tensors else ""
     return ""
-
-
-def _shapes(values: Iterable[Any]) -> Iterable[str]:
-    for value in values:
-        yield _shape(value) or "-"
 
 
 def _clip(text: str, limit: int = _LABEL) -> str:

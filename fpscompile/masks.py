@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -68,9 +68,7 @@ def window_start(index: int, width: int, count: int) -> int:
 
 def axis_window(width: int, count: int) -> list[tuple[int, int]]:
     """Half-open range of key tiles for each query tile of one axis."""
-    return [
-        (start := window_start(index, width, count), min(start + width, count)) for index in range(count)
-    ]
+    return [(start := window_start(index, width, count), min(start + width, count)) for index in range(count)]
 
 
 def window_mask(q_layout: TileLayout, k_layout: TileLayout, windows: Sequence[Window]) -> BlockMask:
@@ -141,9 +139,10 @@ def window_for_density(q_layout: TileLayout, k_layout: TileLayout, density: floa
         WindowError: the density is below the floor, which the message names.
     """
     counts = q_layout.counts
+    windows: Iterator[Window] = itertools.product(*(range(1, count + 1) for count in counts))  # type: ignore[assignment]
     candidates = [
         (window_density(q_layout, k_layout, window), min(w / n for w, n in zip(window, counts, strict=True)), window)
-        for window in itertools.product(*(range(1, count + 1) for count in counts))
+        for window in windows
     ]
     feasible = [candidate for candidate in candidates if candidate[0] <= density + 1e-12]
     if feasible:
@@ -156,5 +155,3 @@ def window_for_density(q_layout: TileLayout, k_layout: TileLayout, density: floa
         f"{f' and {k_layout.length - k_layout.video} other tokens' if k_layout.length > k_layout.video else ''}: "
         "ask for at least the floor, or choose a smaller tile"
     )
-
-

@@ -109,9 +109,7 @@ def _block_mask(resolved: ResolvedPlan) -> BlockMask:
 
 
 @functools.lru_cache(maxsize=512)
-def resolve(
-    plan: Plan, grid: Grid, q_length: int, k_length: int, q_start: int = 0, k_start: int = 0
-) -> ResolvedPlan:
+def resolve(plan: Plan, grid: Grid, q_length: int, k_length: int, q_start: int = 0, k_start: int = 0) -> ResolvedPlan:
     """``plan`` for one grid and the two sequences around it. Cached; results are immutable.
 
     Args:

@@ -261,7 +261,7 @@ def name_pattern(names: Sequence[str]) -> str:
             if len(varying) == 1:
                 pieces[varying[0]] = _numbers(sorted(int(row[varying[0]]) for row in split))
             return "".join(pieces)
-    return f"{names[0]} … {names[-1]}"
+    return f"{names[0]} ... {names[-1]}"
 
 
 def _numbers(numbers: list[int]) -> str:

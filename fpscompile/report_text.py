@@ -23,6 +23,10 @@ GRID_SOURCES = {
 }
 
 
+_BOX = box.Box("    \n    \n -- \n" + "    \n" * 5, ascii=True)
+"""A rule under the header and nothing else; plain ASCII, so that reports survive any log."""
+
+
 def renderable(report: Report) -> RenderableType:
     """The whole report, top to bottom: what happened, then why, then what it cost."""
     parts: list[RenderableType] = [Text(report.headline, style="bold" if report.sites else "bold yellow")]
@@ -44,9 +48,7 @@ def renderable(report: Report) -> RenderableType:
 
 
 def _table(**options: Any) -> Table:
-    return Table(
-        box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False, collapse_padding=True, header_style="bold", **options
-    )
+    return Table(box=_BOX, pad_edge=False, show_edge=False, collapse_padding=True, header_style="bold", **options)
 
 
 def _sites(groups: list[SiteGroup]) -> Table:

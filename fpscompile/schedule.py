@@ -46,7 +46,9 @@ class Phase:
         if self.density is not None:
             check_density(self.density)
         if self.granularity not in GRANULARITIES:
-            raise ScheduleError(f"granularity {self.granularity!r} is unknown; choose one of {', '.join(GRANULARITIES)}")
+            raise ScheduleError(
+                f"granularity {self.granularity!r} is unknown; choose one of {', '.join(GRANULARITIES)}"
+            )
 
 
 @dataclass(frozen=True)

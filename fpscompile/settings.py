@@ -56,7 +56,7 @@ class Settings:
     density: float | None = None
     """Kept fraction of query-key pairs, for all steps: the largest feasible window not above it."""
     schedule: Schedule | None = None
-    """A preset's name, a :class:`Schedule`, or a list of :class:`Phase`. "training_free" when none of three is given."""
+    """A preset's name, a :class:`Schedule`, or a list of :class:`Phase`. Without any: "training_free"."""
     quant: str = "auto"
     """"fp8", "none", or "auto": fp8 where the device has FP8 tensor cores, none elsewhere."""
     granularity: str | None = None
@@ -108,12 +108,13 @@ class Settings:
             raise OptionError(f"timestep={self.timestep!r} must be a dict with input, start, end, shift")
         if not isinstance(self.strict, bool):
             raise OptionError(f"strict={self.strict!r} must be True or False")
-        kinds = (self.attention_kinds,) if isinstance(self.attention_kinds, str) else tuple(self.attention_kinds)
+        given: Any = self.attention_kinds
+        kinds = (given,) if isinstance(given, str) else tuple(given)
         for kind in kinds:
             _choice("attention_kinds", kind, KINDS)
             if kind != "3d":
                 raise OptionError(
-                    f"attention_kinds={kind!r}: only '3d' attention has a rewrite; the other kinds are reported and left"
+                    f"attention_kinds={kind!r}: only '3d' attention has a rewrite; other kinds are left alone"
                 )
         _set(self, "attention_kinds", kinds)
 

@@ -105,7 +105,7 @@ def _tables(layout: TileLayout) -> tuple[torch.Tensor, torch.Tensor]:
     """(order, sizes) of a layout: a stable sort of the tokens by the tile that holds them."""
     volume = layout.volume
     axes = [torch.arange(size) // tile for size, tile in zip(layout.grid, layout.tile, strict=True)]
-    n_t, n_h, n_w = layout.counts
+    _, n_h, n_w = layout.counts
     video = (axes[0][:, None, None] * n_h + axes[1][:, None]) * n_w + axes[2]
     tile_of = torch.cat(
         [

@@ -275,9 +275,10 @@ def concat(parts: Sequence[Axis]) -> Axis:
 def _join_slices(left: Axis, right: Axis) -> Axis | None:
     if len(left) == 1 and len(right) == 1:
         a, b = left[0], right[0]
-        if isinstance(a, Slice) and isinstance(b, Slice) and a.whole == b.whole:
-            if same(_add(a.start, a.size), b.start):
-                return cut(a.whole, a.start, _add(a.size, b.size))
+        if not isinstance(a, Slice) or not isinstance(b, Slice) or a.whole != b.whole:
+            return None
+        if same(_add(a.start, a.size), b.start):
+            return cut(a.whole, a.start, _add(a.size, b.size))
     return None
 
 

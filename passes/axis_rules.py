@@ -18,7 +18,7 @@ import torch
 from torch import fx
 
 from fpscompile.ir import Size
-from fpscompile.passes.axes import Atom, Axis, Label, concat, cut, fresh, merge, reshape, same, strided
+from fpscompile.passes.axes import Atom, Axis, Label, axis_size, concat, cut, fresh, merge, reshape, same, strided
 from fpscompile.passes.base import argument, fake_tensor, fake_value, shape_of, size_of
 
 if TYPE_CHECKING:
@@ -27,13 +27,17 @@ if TYPE_CHECKING:
 Result = Label | list[Label] | None
 Rule = Callable[["Tracer", fx.Node], Result]
 
+
+def names(text: str) -> list[str]:
+    return text.split()
+
+
 # Not tagged pointwise, but output element i still lies at position i of the input.
 SAME_POSITION = frozenset(
-    "layer_norm rms_norm group_norm instance_norm normalize batch_norm dropout feature_dropout softmax log_softmax "
-    "cumsum cumprod to type type_as float double half bfloat16 int long bool cpu cuda contiguous clone detach "
-    "detach_ requires_grad_ alias identity empty_like zeros_like ones_like full_like rand_like randn_like "
-    "masked_fill masked_fill_ where addcmul addcdiv lerp clamp clamp_min clamp_max nan_to_num copy_ fill_ zero_ "
-    "glu_gate silu gelu relu mish softplus _to_copy lift_fresh pin_memory".split()
+    names(
+        "dropout feature_dropout masked_fill masked_fill_ where addcmul addcdiv lerp clamp clamp_min clamp_max "
+        "nan_to_num copy_ fill_ zero_ silu gelu relu mish softplus"
+    )
 )
 
 OPERATOR_NAMES = {
@@ -77,10 +81,18 @@ def broadcast(tracer: Tracer, node: fx.Node) -> Result:
         axis: Axis = ()
         for label in labels:
             position = dim - len(out) + len(label)
-            if position >= 0 and label[position]:
+            if position >= 0 and label[position] and same(axis_size(label[position]), size):
                 axis = merge(axis, label[position])
         result.append(axis if axis or size.expr == 1 else fresh(node.name, dim, size))
     return tuple(result)
+
+
+def unary(tracer: Tracer, node: fx.Node) -> Result:
+    """Ops that keep the shape of their first tensor; others (a weight, a ``type_as`` model) do not count."""
+    label, sizes = _source(tracer, node)
+    out = shape_of(node)
+    kept = len(sizes) == len(out) and all(same(a, b) for a, b in zip(sizes, out, strict=True))
+    return label if kept else None
 
 
 def _source(tracer: Tracer, node: fx.Node) -> tuple[Label, tuple[Size, ...]]:
@@ -301,9 +313,7 @@ def matmul(tracer: Tracer, node: fx.Node) -> Result:
     left, right = tracer.label(operands[-2]), tracer.label(operands[-1])
     if len(left) < 2 or len(right) < 2:
         return None
-    batch = [
-        merge(a, b) for a, b in itertools.zip_longest(reversed(left[:-2]), reversed(right[:-2]), fillvalue=())
-    ]
+    batch = [merge(a, b) for a, b in itertools.zip_longest(reversed(left[:-2]), reversed(right[:-2]), fillvalue=())]
     return (*reversed(batch), left[-2], right[-1])
 
 
@@ -400,18 +410,28 @@ def attribute(tracer: Tracer, node: fx.Node) -> Result:
 
 RULES: dict[str, Rule] = {
     **dict.fromkeys(
-        "view reshape flatten unflatten squeeze unsqueeze view_as reshape_as _unsafe_view ravel squeeze_ "
-        "unsqueeze_".split(),
+        names(
+            "layer_norm rms_norm group_norm instance_norm normalize batch_norm softmax log_softmax cumsum cumprod "
+            "to type type_as float double half bfloat16 int long bool cpu cuda contiguous clone detach detach_ "
+            "requires_grad_ alias _to_copy lift_fresh pin_memory "
+            "empty_like zeros_like ones_like full_like rand_like randn_like"
+        ),
+        unary,
+    ),
+    **dict.fromkeys(
+        names(
+            "view reshape flatten unflatten squeeze unsqueeze view_as reshape_as _unsafe_view ravel squeeze_ unsqueeze_"
+        ),
         view,
     ),
     "permute": permute,
     **dict.fromkeys(("transpose", "swapaxes", "swapdims", "transpose_"), transpose),
     **dict.fromkeys(("t", "numpy_T", "matrix_H", "adjoint"), matrix_transpose),
     **dict.fromkeys(("movedim", "moveaxis"), movedim),
-    **dict.fromkeys("expand expand_as broadcast_to repeat tile repeat_interleave".split(), expand),
+    **dict.fromkeys(names("expand expand_as broadcast_to repeat tile repeat_interleave"), expand),
     **dict.fromkeys(("cat", "concat", "concatenate"), cat),
     "stack": stack,
-    **dict.fromkeys("split chunk tensor_split split_with_sizes unsafe_chunk unsafe_split".split(), split),
+    **dict.fromkeys(names("split chunk tensor_split split_with_sizes unsafe_chunk unsafe_split"), split),
     "unbind": unbind,
     "select": select,
     "narrow": narrow,
@@ -423,13 +443,15 @@ RULES: dict[str, Rule] = {
     "einsum": einsum,
     **dict.fromkeys(("conv1d", "conv2d", "conv3d", "convolution"), convolution),
     **dict.fromkeys(
-        "interpolate avg_pool1d avg_pool2d avg_pool3d max_pool1d max_pool2d max_pool3d adaptive_avg_pool1d "
-        "adaptive_avg_pool2d adaptive_avg_pool3d".split(),
+        names(
+            "interpolate avg_pool1d avg_pool2d avg_pool3d max_pool1d max_pool2d max_pool3d "
+            "adaptive_avg_pool1d adaptive_avg_pool2d adaptive_avg_pool3d"
+        ),
         resample,
     ),
     "embedding": embedding,
     "meshgrid": meshgrid,
-    **dict.fromkeys("sum mean amax amin max min prod std var logsumexp norm any all argmax argmin".split(), reduce),
+    **dict.fromkeys(names("sum mean amax amin max min prod std var logsumexp norm any all argmax argmin"), reduce),
     "scaled_dot_product_attention": attention,
     "hop::flex_attention": attention,
     "view_as_complex": complex_view,

@@ -153,7 +153,9 @@ def module_path(node: fx.Node) -> str:
         return ""
     path = str(list(stack.values())[-1][0])
     words = re.findall(r"[A-Za-z_]\w*|\d+", path)
-    return ".".join(word for word in words if word not in ("L", "G", "self", "fn", "_modules", "__dict__", "_orig_mod"))
+    return ".".join(
+        word for word in words if word not in ("L", "G", "self", "fn", "target", "_modules", "__dict__", "_orig_mod")
+    )
 
 
 def target_name(node: fx.Node) -> str:

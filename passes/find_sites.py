@@ -156,7 +156,9 @@ def _told(
         message = f"its {length} tokens are not the {told[0]}*{told[1]}*{told[2]} of the grid from {source}"
         return replace(site, rejection=Rejection(Reason.KIND, message, length.hint, site.node))
     if not _is_data(shared[0]):
-        message = f"the graph does not show a grid: the trail of its tokens ends at {_trail(state, shared[0])}; {REMEDY}"
+        message = (
+            f"the graph does not show a grid: the trail of its tokens ends at {_trail(state, shared[0])}; {REMEDY}"
+        )
         return replace(site, rejection=Rejection(Reason.NO_GRID, message, length.hint, site.node))
     message = f"self-attention over {length} tokens whose (t, h, w) the graph does not show; {REMEDY}"
     return replace(site, rejection=Rejection(Reason.NO_GRID, message, length.hint, site.node))
@@ -219,7 +221,7 @@ def grid_of(axis: Axis) -> tuple[Size, Size, Size] | Rejection | None:
 
 
 def factor_kind(axis: Axis, batch: Axis) -> str:
-    """"spatial" or "temporal" for tokens that are two or one of a video's axes; else "other"."""
+    """ "spatial" or "temporal" for tokens that are two or one of a video's axes; else "other"."""
     leads = [root((factor,)) for factor in axis]
     if any(lead is None or lead.source != INPUT for lead in leads):
         return "other"
@@ -228,7 +230,8 @@ def factor_kind(axis: Axis, batch: Axis) -> str:
         return "other"
     if len(leads) == 2:
         return "spatial"
-    folded = {lead.dim for lead in map(lambda f: root((f,)), batch) if lead is not None and lead.origin in origins}
+    outer = [root((factor,)) for factor in batch]
+    folded = {lead.dim for lead in outer if lead is not None and lead.origin in origins}
     return "temporal" if len(leads) == 1 and len(folded) >= 2 else "other"
 
 
@@ -292,7 +295,9 @@ def _illegal_mask(node: fx.Node) -> Rejection | None:
     if not shape or not same(shape[-1], keys):
         return Rejection(Reason.MASK, "the mask's last dimension is not the keys", None, node)
     if value.requires_grad:
-        return Rejection(Reason.MASK, "the mask needs a gradient, which the rewritten attention does not give", None, node)
+        return Rejection(
+            Reason.MASK, "the mask needs a gradient, which the rewritten attention does not give", None, node
+        )
     if value.dtype not in (torch.bool, torch.float32, fake_tensor(node.args[0]).dtype):  # type: ignore[union-attr]
         return Rejection(Reason.MASK, f"a mask of dtype {value.dtype} is not supported", value.dtype, node)
     return None

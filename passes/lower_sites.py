@@ -15,7 +15,6 @@ import contextlib
 import functools
 import operator
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import fx
@@ -40,28 +39,27 @@ class LowerSites:
     def run(self, state: GraphState) -> bool:
         if not state.plans:
             return False
-        phases: dict[tuple[Any, ...], fx.Node] = {}
+        inputs = _Inputs(state)
         for site in state.sites:
             if site.node in state.plans:
-                state.rewritten[site.node] = _rewrite(state, site, phases)
+                state.rewritten[site.node] = _rewrite(state, site, inputs)
         return True
 
 
-def _rewrite(state: GraphState, site: AttentionSite, phases: dict[tuple[Any, ...], fx.Node]) -> fx.Node:
+def _rewrite(state: GraphState, site: AttentionSite, inputs: _Inputs) -> fx.Node:
     plan = state.plans[site.node]
     query, key, value = site.node.args[:3]
     conservative = resolved_plan(site, plan).conservative
     device = fake_tensor(query).device  # type: ignore[union-attr]
-    cache_key = (conservative, device, _phase_follows_batch(state, site))
-    if cache_key not in phases:
-        phases[cache_key] = _phase(state, *cache_key)
-    published = _extra_input(state, GRID, torch.int64, (3,), torch.device("cpu")) if site.grid_source == "attach" else None
+    phase = inputs.phase(conservative, device, inputs.timestep_fits(site))
+    published = inputs.extra(GRID, torch.int64, (3,), torch.device("cpu")) if site.grid_source == "attach" else None
     with state.graph.inserting_before(site.node):
         sizes = _SizeReader(state)
         grid = [] if published is not None else sizes.grid(site)
-        assert site.query_span is not None and site.key_span is not None
+        assert site.query_span is not None
+        assert site.key_span is not None
         spans = (sizes.span(site, 0, site.query_span), sizes.span(site, 1, site.key_span))
-        arguments = (query, key, value, _mask(state, site.node), phases[cache_key], grid, published, *spans)
+        arguments = (query, key, value, _mask(state, site.node), phase, grid, published, *spans)
         scale = site.node.kwargs.get("scale")
         node = emit(state, torch.ops.fps.attention.default, (*arguments, scale, plan.to_json()))
         output = emit(state, operator.getitem, (node, 0))
@@ -87,19 +85,6 @@ def _mask(state: GraphState, node: fx.Node) -> fx.Node | None:
     return mask
 
 
-def _phase_follows_batch(state: GraphState, site: AttentionSite) -> bool:
-    """Whether the site's batch runs over the timestep's batch first, so that a per-sample phase fits it."""
-    timestep = find_timestep(state)
-    if timestep is None:
-        return True
-    shape = shape_of(timestep)
-    batch = shape[0] if shape else None
-    if batch is None or batch.expr == 1:
-        return True
-    axis = state.labels[site.node.args[0]][0]  # type: ignore[index]
-    return same(axis_size(axis), batch) or bool(axis) and same(axis[0].size, batch)
-
-
 def find_timestep(state: GraphState) -> fx.Node | None:
     """The graph input that ``options["timestep"]["input"]`` names, if it is one tensor."""
     name = state.settings.timestep.input
@@ -108,68 +93,77 @@ def find_timestep(state: GraphState) -> fx.Node | None:
         for node in state.graph.nodes
         if node.op == "placeholder"
         and fake_tensor(node) is not None
-        and (source_name(node).endswith((f"['{name}']", f".{name}")) or source_name(node) == "" and node.target == name)
+        and (source_name(node) or f".{node.target}").endswith((f"['{name}']", f".{name}"))
     ]
     return found[0] if len(found) == 1 else None
 
 
-def _phase(state: GraphState, conservative: int, device: torch.device, per_sample: bool) -> fx.Node:
-    """The node that computes the phase: from published progress first, else from the timestep."""
-    schedule, options = state.settings.phases, state.settings.timestep
-    timestep = find_timestep(state) if per_sample else None
-    if len(schedule.phases) == 1:
-        state.progress_source = "constant"
-        with state.graph.inserting_after(_last_input(state)):
-            return emit(state, torch.zeros, ((1,),), {"dtype": torch.int32, "device": device})
-    published = _extra_input(state, PROGRESS, torch.float32, (1,), device)
-    if timestep is not None:
-        state.progress_source = f"input {options.input!r}"
-    elif state.attached:
-        state.progress_source = "attach"
-    else:
-        state.progress_source = "unknown"
-        state.note(
-            "warning",
-            "progress-unknown",
-            f"the graph has no tensor input {options.input!r} to read the denoising step from, so every step uses "
-            f"phase {conservative}, the densest; call fpscompile.attach, or name the input in options['timestep']",
-        )
-    with state.graph.inserting_after(_last_input(state)):
-        return emit(
-            state,
-            torch.ops.fps.phase_index.default,
-            (
-                timestep,
-                published,
-                list(schedule.boundaries),
-                conservative,
-                float(options.start),
-                float(options.end),
-                float(options.shift),
-            ),
-        )
+class _Inputs:
+    """What the op reads besides q, k, v: the phase, and inputs appended to the graph. Made once per graph."""
 
+    def __init__(self, state: GraphState) -> None:
+        self.state = state
+        self.timestep = find_timestep(state)
+        self.last = [node for node in state.graph.nodes if node.op == "placeholder"][-1]
+        self.extras: dict[str, fx.Node] = {}
+        self.phases: dict[tuple[int, torch.device, bool], fx.Node] = {}
 
-def _last_input(state: GraphState) -> fx.Node:
-    return [node for node in state.graph.nodes if node.op == "placeholder"][-1]
+    def timestep_fits(self, site: AttentionSite) -> bool:
+        """Whether the site's batch runs over the timestep's batch first, so that a per-sample phase fits it."""
+        shape = shape_of(self.timestep) if self.timestep is not None else ()
+        if not shape or shape[0].expr == 1:
+            return True
+        axis = self.state.labels[site.node.args[0]][0]  # type: ignore[index]
+        return same(axis_size(axis), shape[0]) or (bool(axis) and same(axis[0].size, shape[0]))
 
+    def phase(self, conservative: int, device: torch.device, per_sample: bool) -> fx.Node:
+        """The node that computes the phase: from published progress first, else from the timestep."""
+        key = (conservative, device, per_sample)
+        if key not in self.phases:
+            self.phases[key] = self._phase(*key)
+        return self.phases[key]
 
-def _extra_input(
-    state: GraphState, name: str, dtype: torch.dtype, shape: tuple[int, ...], device: torch.device
-) -> fx.Node:
-    """A new graph input, after all others. It has no Dynamo source: nothing is guarded on it."""
-    target = f"fps_{name}"
-    placeholders = [node for node in state.graph.nodes if node.op == "placeholder"]
-    for node in placeholders:
-        if node.target == target:
-            return node
-    with state.graph.inserting_after(placeholders[-1]):
-        node = state.graph.placeholder(target)
-    with state.fake_mode or contextlib.nullcontext():
-        node.meta["example_value"] = torch.zeros(shape, dtype=dtype, device=device)
-    node._dynamo_source = None  # type: ignore[attr-defined]
-    state.inputs.append(name)
-    return node
+    def _phase(self, conservative: int, device: torch.device, per_sample: bool) -> fx.Node:
+        state = self.state
+        schedule, options = state.settings.phases, state.settings.timestep
+        if len(schedule.phases) == 1:
+            state.progress_source = "constant"
+            with state.graph.inserting_after(self.last):
+                return emit(state, torch.zeros, ((1,),), {"dtype": torch.int32, "device": device})
+        timestep = self.timestep if per_sample else None
+        if timestep is not None:
+            state.progress_source = f"input {options.input!r}"
+        elif state.attached:
+            state.progress_source = "attach"
+        else:
+            state.progress_source = "unknown"
+            state.note(
+                "warning",
+                "progress-unknown",
+                f"the graph has no tensor input {options.input!r} to read the denoising step from, so every step uses "
+                f"phase {conservative}, the densest; call fpscompile.attach, or name the input in options['timestep']",
+            )
+        published = self.extra(PROGRESS, torch.float32, (1,), device)
+        arguments = (timestep, published, list(schedule.boundaries), conservative)
+        with state.graph.inserting_after(self.last):
+            return emit(
+                state,
+                torch.ops.fps.phase_index.default,
+                (*arguments, float(options.start), float(options.end), float(options.shift)),
+            )
+
+    def extra(self, name: str, dtype: torch.dtype, shape: tuple[int, ...], device: torch.device) -> fx.Node:
+        """A graph input after all others. It has no Dynamo source: nothing is guarded on it."""
+        if name not in self.extras:
+            state = self.state
+            with state.graph.inserting_after(self.last):
+                node = state.graph.placeholder(f"fps_{name}")
+            with state.fake_mode or contextlib.nullcontext():
+                node.meta["example_value"] = torch.zeros(shape, dtype=dtype, device=device)
+            node._dynamo_source = None  # type: ignore[attr-defined]
+            state.inputs.append(name)
+            self.last = self.extras[name] = node
+        return self.extras[name]
 
 
 class _SizeReader:

@@ -56,7 +56,9 @@ def plan_for(site: AttentionSite, state: GraphState) -> Plan:
 
 def resolved_plan(site: AttentionSite, plan: Plan) -> ResolvedPlan:
     """The plan on the grid of the call that is being compiled."""
-    assert site.grid is not None and site.query_span is not None and site.key_span is not None
+    assert site.grid is not None
+    assert site.query_span is not None
+    assert site.key_span is not None
     t, h, w = (size.hint for size in site.grid)
     _, _, q_length, k_length, _ = (size.hint for size in site.shape)
     return resolve(plan, (t, h, w), q_length, k_length, site.query_span.start.hint, site.key_span.start.hint)

@@ -25,8 +25,8 @@ from fpscompile.ir import Reason, Rejection
 from fpscompile.passes.axes import same
 from fpscompile.passes.base import GraphState, argument, copy_origin, emit, fake_tensor, shape_of, target_name
 
-CASTS = frozenset("to float double half bfloat16 type type_as contiguous _to_copy clone".split())
-PRODUCTS = frozenset("matmul bmm baddbmm einsum __matmul__".split())
+CASTS = frozenset(["to", "float", "double", "half", "bfloat16", "type", "type_as", "contiguous", "_to_copy", "clone"])
+PRODUCTS = frozenset(["matmul", "bmm", "baddbmm", "einsum", "__matmul__"])
 
 # A finite fill value drowns any score only if it swallows them when added: below this, float32 spacing exceeds 64.
 DROWNING = -1e9
@@ -110,6 +110,8 @@ class Match:
         mask = self.mask
         if batch == 1 and len(shape_of(mask)) == 3:
             mask = emit(state, "unsqueeze", (mask, 1))
+        elif len(shape_of(mask)) == 1:
+            mask = emit(state, "unsqueeze", (mask, 0))
         dtype = fake_tensor(self.query).dtype  # type: ignore[union-attr]
         if self.fill == -math.inf:
             return emit(state, "logical_not", (mask,))
@@ -136,7 +138,8 @@ def match_softmax(softmax: fx.Node) -> Match | Rejection | None:
     for found in (backward, forward):
         if isinstance(found, Rejection):
             return found
-    assert isinstance(backward, _Scores) and isinstance(forward, _Output)
+    assert isinstance(backward, _Scores)
+    assert isinstance(forward, _Output)
     rank = len(shape_of(softmax))
     dim = argument(softmax, 1, "dim")
     if dim not in (-1, rank - 1):
@@ -273,7 +276,10 @@ def _masking(node: fx.Node, name: str) -> tuple[Any, fx.Node | None, float | Non
         value = argument(node, 2, "value")
         if not isinstance(value, (int, float)) or value > DROWNING:
             problem = _miss(
-                f"masked_fill writes {value}, which does not drown every score; fill with -inf", node, value, Reason.MASK
+                f"masked_fill writes {value}, which does not drown every score; fill with -inf",
+                node,
+                value,
+                Reason.MASK,
             )
             return left, right, None, problem
         return left, right, float(value), None

@@ -1,0 +1,67 @@
+# make demo | test | test-slow | check | format | bench | clean     (each does all the set-up it needs)
+#
+# PYTHON   interpreter to build the environment with, >= 3.11      VENV   where the environment goes
+# PIP_ARGS anything pip should know, such as the index of PyTorch's CPU builds
+
+PYTHON ?= python3
+VENV ?= .venv
+CONSTRAINTS ?= constraints.txt
+PIP_ARGS ?=
+PYTEST_ARGS ?=
+DEMO_ARGS ?=
+
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test test-slow test-torch211 check format bench clean
+
+help:
+	@sed -n '1,4p' Makefile
+
+setup: $(READY)
+
+# The stamp makes every later run instant; a change of the dependencies or of the pins rebuilds.
+$(READY): pyproject.toml $(CONSTRAINTS)
+	@bash .ci/needs "$(PYTHON)"
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet $(PIP_ARGS) -c $(CONSTRAINTS) -e ".[test,dev]"
+	@touch $@
+
+demo: $(READY)
+	$(BIN)/python examples/demo_wan.py $(DEMO_ARGS)
+
+test: $(READY)
+	$(BIN)/python -m pytest -n 2 -m "not slow" $(PYTEST_ARGS)
+
+test-slow: $(READY)
+	$(BIN)/python -m pytest -n 2 -m slow $(PYTEST_ARGS)
+
+# The same fast suite on the oldest torch we support, in an environment of its own.
+test-torch211: .venv-torch211/constraints.txt
+	$(MAKE) test VENV=.venv-torch211 CONSTRAINTS=$<
+
+.venv-torch211/constraints.txt: constraints.txt
+	@mkdir -p $(@D)
+	@sed -e 's/^torch==.*/torch==2.11.0/' -e 's/^triton==.*/triton==3.6.0/' -e 's/^setuptools==.*/setuptools<82/' $< > $@
+
+check: $(READY)
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(MAKE) test
+
+format: $(READY)
+	$(BIN)/ruff check --fix --select I .
+	$(BIN)/ruff format .
+
+# Timing: run on a quiet machine. Results land in benchmarks/results and in README.md.
+bench: $(READY)
+	$(BIN)/python benchmarks/attention_cpu.py --json benchmarks/results/attention_cpu.json
+	$(BIN)/python benchmarks/model_cpu.py
+	$(BIN)/python benchmarks/compile_time.py
+	$(BIN)/python benchmarks/readme_figures.py
+
+clean:
+	rm -rf .venv .venv-torch211 build dist out *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,246 @@
+"""Block-sparse attention on a CPU against torch's dense attention, measured in turns in one run.
+
+For each shape the peer is ``F.scaled_dot_product_attention`` on all tokens and ours is a lowering under a window.
+Inputs come as models give them, ``[B, L, H, D].transpose(1, 2)``, so every copy that a lowering makes is inside its
+figure. ``efficiency`` is ratio * density: 1 means that a kept query-key pair costs what it costs the peer.
+
+    python benchmarks/attention_cpu.py [--lowering boxes] [--backward] [--threads N] [--quick] [--json PATH]
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve().parents[1])]
+
+from _harness import geomean, interleave, matmul_peak, print_table, write_json
+
+from fpscompile import lowerings
+from fpscompile.plan import PhasePlan, Plan, ResolvedPlan, resolve
+
+Triple = tuple[int, int, int]
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What the peer sees; all windows on it are measured in turns with one peer."""
+
+    grid: Triple
+    heads: int
+    head_dim: int
+    dtype: torch.dtype
+
+    @property
+    def tokens(self) -> int:
+        return math.prod(self.grid)
+
+
+@dataclass(frozen=True)
+class Sparsity:
+    """What ours does on a shape: the largest window whose density is not above the bound, as ``options`` take it."""
+
+    tile: Triple
+    density: float
+
+    def resolve(self, shape: Shape, lowering: str) -> ResolvedPlan:
+        plan = Plan(self.tile, (PhasePlan(density=self.density),), lowering=lowering)
+        return resolve(plan, shape.grid, shape.tokens, shape.tokens)
+
+
+GRIDS = {
+    # tokens: (grid at head dim 64, grid at head dim 128, heads)
+    8192: ((8, 32, 32), (8, 32, 32), 12),
+    16384: ((16, 32, 32), (16, 32, 32), 6),
+    32760: ((32, 32, 32), (21, 30, 52), 4),
+}
+"""Two at 32k: a round one, and Wan's at 480p, where tiles are ragged. Fewer heads there keep the run short."""
+
+SPARSITIES = (Sparsity((4, 8, 8), 0.25), Sparsity((4, 8, 8), 0.1), Sparsity((2, 8, 8), 0.25))
+"""Tiles of 256 and 128 tokens."""
+
+QUICK_GRIDS = {4608: ((8, 24, 24), (8, 24, 24), 2)}
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+def shapes(quick: bool) -> list[Shape]:
+    return [
+        Shape(grids[axis], grids[2], head_dim, dtype)
+        for grids in (QUICK_GRIDS if quick else GRIDS).values()
+        for axis, head_dim in enumerate((64, 128))
+        for dtype in DTYPES.values()
+    ]
+
+
+def inputs(shape: Shape, seed: int = 0) -> list[torch.Tensor]:
+    """q, k, v and the output's gradient, [1, H, L, D] with the strides of [1, L, H, D]."""
+    generator = torch.Generator().manual_seed(seed)
+    sizes = (1, shape.tokens, shape.heads, shape.head_dim)
+    return [torch.randn(sizes, generator=generator).to(shape.dtype).transpose(1, 2) for _ in range(4)]
+
+
+def peer(shape: Shape, backward: bool) -> Callable[[], Any]:
+    """Dense attention, and its gradients if asked."""
+    q, k, v, grad = inputs(shape)
+    if not backward:
+        return lambda: F.scaled_dot_product_attention(q, k, v)
+    leaves = [x.requires_grad_() for x in (q, k, v)]
+    return lambda: torch.autograd.grad(F.scaled_dot_product_attention(*leaves), leaves, grad)
+
+
+def ours(shape: Shape, resolved: ResolvedPlan, backward: bool) -> Callable[[], Any]:
+    """The lowering, and its gradients if asked."""
+    module = lowerings.get(resolved.plan.lowering)
+    q, k, v, grad = inputs(shape)
+    common: dict[str, Any] = {
+        "key_mask": None, "phases": (0,), "resolved": resolved, "scale": shape.head_dim**-0.5
+    }  # fmt: skip
+
+    def forward() -> Any:
+        return module.forward(q, k, v, **common)
+
+    def both() -> Any:
+        out, lse = module.forward(q, k, v, **common)
+        return module.backward(grad, q, k, v, out, lse, **common)
+
+    return both if backward else forward
+
+
+def error(shape: Shape, resolved: ResolvedPlan, samples: int = 64) -> float:
+    """Relative error (norm over norm) of the output at some random queries, against float64."""
+    q, k, v, _ = inputs(shape)
+    scale = shape.head_dim**-0.5
+    out, _ = lowerings.get(resolved.plan.lowering).forward(
+        q, k, v, key_mask=None, phases=(0,), resolved=resolved, scale=scale
+    )
+    rows = torch.randperm(q.shape[2], generator=torch.Generator().manual_seed(1))[:samples]
+    # the same tokens as queries of their own: their rows of the tile mask, expanded over the keys
+    visible = _visible_rows(resolved, rows)
+    scores = (q[0, :, rows].double() @ k[0].double().mT * scale).masked_fill(~visible, -torch.inf)
+    expected = torch.softmax(scores, -1) @ v[0].double()
+    return float((out[0, :, rows].double() - expected).norm() / expected.norm())
+
+
+def _visible_rows(resolved: ResolvedPlan, rows: torch.Tensor) -> torch.Tensor:
+    """bool [rows, L], from the tile mask that every lowering must obey."""
+    layout = resolved.q_layout
+    tile_of = torch.empty(layout.length, dtype=torch.int64)
+    tile_of[layout.order()] = torch.repeat_interleave(torch.arange(layout.n_tiles), layout.sizes())
+    return resolved.block_mask.to_dense(layout.n_tiles)[0, 0][tile_of[rows]][:, tile_of]
+
+
+def measure(
+    shape: Shape, *, lowering: str, backward: bool, rounds: int, budget: float, peak: float
+) -> Iterator[dict[str, Any]]:
+    """Rows of the table for one shape: its windows, timed in turns with the peer."""
+    plans = {sparsity: sparsity.resolve(shape, lowering) for sparsity in SPARSITIES}
+    functions: dict[Any, Callable[[], Any]] = {"peer": peer(shape, backward)}
+    functions |= {sparsity: ours(shape, resolved, backward) for sparsity, resolved in plans.items()}
+    times = interleave(functions, rounds=rounds, budget=budget)
+    # two matrix products forward; five more backward, one of which recomputes the scores
+    products = 7 if backward else 2
+    for sparsity, resolved in plans.items():
+        density = resolved.densities[0]
+        ratio = times["peer"] / times[sparsity]
+        flops = 2 * products * shape.heads * shape.head_dim * density * shape.tokens**2
+        yield {
+            "tokens": shape.tokens,
+            "grid": shape.grid,
+            "tile": sparsity.tile,
+            "window": resolved.windows[0],
+            "heads": shape.heads,
+            "head_dim": shape.head_dim,
+            "dtype": str(shape.dtype).removeprefix("torch."),
+            "direction": "forward+backward" if backward else "forward",
+            "lowering": lowering,
+            "density": density,
+            "peer_ms": 1e3 * times["peer"],
+            "ours_ms": 1e3 * times[sparsity],
+            "ratio": ratio,
+            "efficiency": ratio * density,
+            "matmul_peak": flops / times[sparsity] / peak,
+            "error": error(shape, resolved),
+        }
+
+
+def summarize(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """Over all rows, and for each dtype."""
+    summary: dict[str, Any] = {}
+    for name in ("all", *DTYPES):
+        values = [row["efficiency"] for row in rows if name in ("all", row["dtype"])]
+        if values:
+            summary[name] = {"geomean_efficiency": geomean(values), "min_efficiency": min(values), "rows": len(values)}
+    return summary
+
+
+def _x(value: Any) -> str:
+    return "x".join(map(str, value))
+
+
+COLUMNS: dict[str, Callable[[Any], str]] = {
+    "tokens": str,
+    "grid": _x,
+    "tile": _x,
+    "window": _x,
+    "heads": str,
+    "head_dim": str,
+    "dtype": str,
+    "peer_ms": "{:.1f}".format,
+    "ours_ms": "{:.1f}".format,
+    "density": "{:.3f}".format,
+    "ratio": "{:.2f}x".format,
+    "efficiency": "{:.2f}".format,
+    "matmul_peak": "{:.0%}".format,
+    "error": "{:.1e}".format,
+}
+
+
+def main(argv: list[str] | None = None) -> dict[str, Any]:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
+    parser.add_argument("--lowering", default="boxes", choices=sorted(lowerings.REGISTRY))
+    parser.add_argument("--backward", action="store_true", help="time forward and backward together")
+    parser.add_argument("--quick", action="store_true", help="one small grid, for continuous integration")
+    parser.add_argument("--rounds", type=int, default=7, help="turns per shape (at least 3)")
+    parser.add_argument("--budget", type=float, default=10.0, help="seconds per shape, once 3 turns are done")
+    parser.add_argument("--threads", type=int, help="torch threads; 1 is steadiest on a machine that others use too")
+    parser.add_argument("--filter", default="", help="only rows whose 'tokens dtype head_dim' contains this text")
+    parser.add_argument("--json", type=Path, help="also write the rows to this file")
+    args = parser.parse_args(argv)
+    if args.threads:
+        torch.set_num_threads(args.threads)
+
+    peaks = {dtype: matmul_peak(dtype, size=512 if args.quick else 2048) for dtype in DTYPES.values()}
+    rows = []
+    for shape in shapes(args.quick):
+        if args.filter not in f"{shape.tokens} {str(shape.dtype).removeprefix('torch.')} {shape.head_dim}":
+            continue
+        rows += measure(
+            shape,
+            lowering=args.lowering,
+            backward=args.backward,
+            rounds=args.rounds,
+            budget=args.budget,
+            peak=peaks[shape.dtype],
+        )
+    summary = summarize(rows)
+    direction = "forward + backward" if args.backward else "forward"
+    print_table(f"{args.lowering} against dense attention, {direction}", COLUMNS, rows)
+    for name, values in summary.items():
+        print(f"{name}: efficiency geomean {values['geomean_efficiency']:.3f}, minimum {values['min_efficiency']:.3f}")
+    print("matmul peak: " + ", ".join(f"{name} {peaks[dtype] / 1e9:.0f} GFLOP/s" for name, dtype in DTYPES.items()))
+    if args.json:
+        write_json(args.json, "attention_cpu", rows, summary)
+    return summary
+
+
+if __name__ == "__main__":
+    main()

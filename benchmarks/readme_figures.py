@@ -1,0 +1,101 @@
+"""Fill the block of figures in README.md from the JSON files that the benchmarks left in ``benchmarks/results``.
+
+python benchmarks/readme_figures.py [--check]
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+START, END = "<!-- figures:start -->", "<!-- figures:end -->"
+
+Row = tuple[str, str, str]
+
+
+def attention(report: dict[str, Any]) -> list[Row]:
+    """Block-sparse attention alone: how close to 1/density."""
+    summary, rows = report["summary"]["all"], report["rows"]
+    lengths = sorted({row["tokens"] for row in rows})
+    densities = [row["density"] for row in rows]
+    what = (
+        f"attention alone, `boxes` against dense SDPA: {lengths[0]:,} to {lengths[-1]:,} tokens, head dim 64 and 128, "
+        f"float32 and bfloat16, density {min(densities):.2f} to {max(densities):.2f}"
+    )
+    figure = f"{summary['geomean_efficiency']:.2f} of the ideal 1/density (lowest {summary['min_efficiency']:.2f})"
+    return [(what, figure, ">= 0.85, lowest >= 0.75")]
+
+
+def model(report: dict[str, Any]) -> list[Row]:
+    """The whole transformer against Inductor."""
+    out = []
+    for row in report["rows"]:
+        what = (
+            f"Wan transformer, {row['layers']} layers, {row['heads']} heads x 64, {row['tokens']:,} tokens, "
+            f'{row["dtype"]}, density {row["density"]:.3f}, against `backend="inductor"`'
+        )
+        figure = f"{row['ratio']:.1f}x ({row['inductor_s']:.1f} s to {row['fps_s']:.1f} s)"
+        out.append((what, figure, f">= {report['summary'][row['dtype']]['target']:g}x"))
+    exact = max(row["difference_at_density_1"] for row in report["rows"] if row["dtype"] == "float32")
+    out.append(("the same at density 1, float32: relative difference", f"{exact:.0e}", "<= 1e-5"))
+    return out
+
+
+def compile_time(report: dict[str, Any]) -> list[Row]:
+    """What the passes cost."""
+    summary = report["summary"]
+    what = f"our passes on a {summary['blocks']}-block Wan graph, share of Inductor's cold compile time"
+    warm = f"{summary['fps_cold_s']:.0f} s to {summary['fps_warm_s']:.0f} s"
+    return [
+        (what, f"{summary['share']:.1%} ({summary['passes_s']:.1f} s)", "< 10 %"),
+        ('compile time with `backend="fps"`, first process to second', warm, "warm caches"),
+    ]
+
+
+SECTIONS = {"attention_cpu": attention, "model_cpu": model, "compile_time": compile_time}
+
+
+def block(results: Path) -> str:
+    """The generated Markdown, without its markers."""
+    rows: list[Row] = []
+    machines = set()
+    for name, section in SECTIONS.items():
+        path = results / f"{name}.json"
+        if path.exists():
+            report = json.loads(path.read_text())
+            rows += section(report)
+            machine = report["machine"]
+            machines.add(f"{machine['threads']} threads of {machine['processor']}, torch {machine['torch']}")
+    if not rows:
+        return "No benchmark has been run yet: `make bench`."
+    lines = ["| on a CPU | measured | aim |", "|---|---|---|", *(f"| {' | '.join(row)} |" for row in rows)]
+    return "\n".join([*lines, "", f"Measured on {'; '.join(sorted(machines))}. Regenerate with `make bench`."])
+
+
+def fill(text: str, content: str) -> str:
+    """``text`` with what lies between the markers replaced."""
+    if text.count(START) != 1 or text.count(END) != 1:
+        raise SystemExit(f"README.md needs the markers {START} and {END} exactly once")
+    head, rest = text.split(START)
+    return f"{head}{START}\n{content}\n{END}{rest.split(END)[1]}"
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", 1)[0])
+    parser.add_argument("--check", action="store_true", help="change nothing; fail when README.md is out of date")
+    args = parser.parse_args(argv)
+    readme = ROOT / "README.md"
+    old = readme.read_text()
+    new = fill(old, block(ROOT / "benchmarks" / "results"))
+    if args.check:
+        return int(old != new)
+    readme.write_text(new)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,77 @@
+"""Lowerings: interchangeable ways to compute ``fps::attention`` on a resolved plan.
+
+A lowering is a module with two functions::
+
+    forward(q, k, v, *, key_mask, phases, resolved, scale) -> (out, lse)
+    backward(grad_out, q, k, v, out, lse, *, key_mask, phases, resolved, scale) -> (dq, dk, dv)
+
+    q         [B, H, Lq, D], k [B, Hk, Lk, D], v [B, Hk, Lk, Dv], any strides, one dtype
+    key_mask  None, or [B | 1, H | 1, 1, Lk] bool (True keeps), q's dtype or float32 (added to the scaled scores)
+    phases    one int per batch element
+    resolved  :class:`fpscompile.plan.ResolvedPlan`
+    scale     float
+    out       [B, H, Lq, Dv] in q's dtype, the transpose of a contiguous [B, Lq, H, Dv]
+    lse       [B, H, Lq] contiguous, float32 (float64 for float64 inputs); -inf where no key is visible
+    dq, dk, dv  shaped and laid out like q, k, v seen as transposes of contiguous [B, L, H, D]
+
+Modules are imported on first use.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import Protocol, cast
+
+import torch
+
+from fpscompile.errors import UnsupportedError
+from fpscompile.plan import ResolvedPlan
+
+REGISTRY = {
+    "boxes": "fpscompile.lowerings.boxes",
+    "gather": "fpscompile.lowerings.gather",
+    "reference": "fpscompile.lowerings.oracle",
+}
+"""Name of a lowering, as ``Plan.lowering`` has it, to the module that implements it."""
+
+
+class Lowering(Protocol):
+    """What a lowering module offers; shapes are in the module docstring."""
+
+    def forward(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        *,
+        key_mask: torch.Tensor | None,
+        phases: tuple[int, ...],
+        resolved: ResolvedPlan,
+        scale: float,
+    ) -> tuple[torch.Tensor, torch.Tensor]: ...
+
+    def backward(
+        self,
+        grad_out: torch.Tensor,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        out: torch.Tensor,
+        lse: torch.Tensor,
+        *,
+        key_mask: torch.Tensor | None,
+        phases: tuple[int, ...],
+        resolved: ResolvedPlan,
+        scale: float,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]: ...
+
+
+def get(name: str) -> Lowering:
+    """The lowering called ``name``.
+
+    Raises:
+        UnsupportedError: no such lowering.
+    """
+    if name not in REGISTRY:
+        raise UnsupportedError(f"lowering {name!r} is unknown; choose one of {', '.join(map(repr, REGISTRY))}")
+    return cast(Lowering, importlib.import_module(REGISTRY[name]))

@@ -1,0 +1,81 @@
+"""The benchmark scripts run, small; their JSON has what the README's figures are made of. No time is asserted here."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+BENCHMARKS = ROOT / "benchmarks"
+
+
+def script(name: str, *args: str | Path) -> dict[str, Any]:
+    """What the script wrote to its JSON file, run as a user runs it."""
+    path = Path(args[-1])
+    command = [sys.executable, str(BENCHMARKS / f"{name}.py"), *map(str, args)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, f"{done.stdout}\n{done.stderr}"
+    report: dict[str, Any] = json.loads(path.read_text())
+    assert report["benchmark"] == name
+    assert report["machine"]["torch"]
+    return report
+
+
+@pytest.fixture
+def figures() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("readme_figures", BENCHMARKS / "readme_figures.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.slow
+def test_attention(tmp_path: Path, figures: ModuleType) -> None:
+    report = script("attention_cpu", "--quick", "--rounds", "3", "--json", tmp_path / "attention_cpu.json")
+    assert all(row["error"] < 2e-2 for row in report["rows"])
+    assert "of the ideal" in figures.block(tmp_path)
+
+
+@pytest.mark.slow
+def test_model(tmp_path: Path, figures: ModuleType) -> None:
+    report = script("model_cpu", "--quick", "--rounds", "3", "--json", tmp_path / "model_cpu.json")
+    exact = {row["dtype"]: row["difference_at_density_1"] for row in report["rows"]}
+    assert exact["float32"] <= 1e-5
+    assert exact["bfloat16"] <= 2e-2
+    assert all(row["density"] <= 0.3 for row in report["rows"])
+    assert "Wan transformer" in figures.block(tmp_path)
+
+
+@pytest.mark.slow
+def test_compile_time(tmp_path: Path, figures: ModuleType) -> None:
+    report = script("compile_time", "--quick", "--json", tmp_path / "compile_time.json")
+    rewritten = [row["rewritten"] for row in report["rows"] if row["job"] == "passes"]
+    assert rewritten == [1, 2], "one 3D site per block"
+    assert report["summary"]["warm_fxgraph_cache_hits"] >= 1, "the second process reuses the first one's graphs"
+    assert report["summary"]["warm_fxgraph_cache_misses"] == 0
+    assert "share of Inductor" in figures.block(tmp_path)
+
+
+def test_readme_block_is_up_to_date(figures: ModuleType) -> None:
+    """README.md shows what benchmarks/results holds."""
+    assert figures.main(["--check"]) == 0
+
+
+def test_fill_keeps_the_rest(figures: ModuleType) -> None:
+    text = f"before\n{figures.START}\nold\n{figures.END}\nafter\n"
+    assert figures.fill(text, "new") == text.replace("old", "new")
+    with pytest.raises(SystemExit, match="markers"):
+        figures.fill("no markers", "new")
+
+
+def test_no_result_says_how(figures: ModuleType, tmp_path: Path) -> None:
+    assert "make bench" in figures.block(tmp_path)

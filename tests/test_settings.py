@@ -1,0 +1,94 @@
+"""Options: what is refused, with which words."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import sys
+from typing import Any
+
+import pytest
+
+from fpscompile.errors import FpsError, OptionError, ScheduleError
+from fpscompile.schedule import Phase, Schedule
+from fpscompile.settings import Settings
+
+
+def test_defaults() -> None:
+    settings = Settings.from_options(None)
+    assert settings.phases.name == "training_free"
+    assert settings.quant == settings.lowering == "auto"
+    assert settings.inner == "inductor"
+    assert settings.attention_kinds == ("3d",)
+    assert settings.timestep.input == "timestep"
+
+
+def test_every_option_is_a_documented_field() -> None:
+    source = inspect.getsource(sys.modules[Settings.__module__])
+    for field in dataclasses.fields(Settings):
+        declaration = source.index(f"\n    {field.name}: ")
+        assert '"""' in source[declaration : declaration + 400], field.name
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"windw": (1, 1, 1)}, "did you mean 'window'"),
+        ({"tile": (0, 8, 8)}, r"tile=\(0, 8, 8\) must be three integers >= 1"),
+        ({"tile": (4, 8)}, "three integers"),
+        ({"tile": (4.0, 8, 8)}, "three integers"),
+        ({"window": (0, 1, 1)}, "three integers >= 1"),
+        ({"window": "all"}, "three integers"),
+        ({"density": 0.0}, r"\(0, 1\]"),
+        ({"density": 1.5}, r"\(0, 1\]"),
+        ({"density": True}, r"\(0, 1\]"),
+        ({"window": (1, 1, 1), "density": 0.5}, "window and density together"),
+        ({"schedule": "paper", "density": 0.5}, "density and schedule together"),
+        ({"schedule": "papr"}, "presets are"),
+        ({"schedule": 7}, "a schedule is"),
+        ({"schedule": [{"start": 0.0, "stop": 1.0}]}, "is not a Phase"),
+        ({"quant": "int4"}, "'auto', 'fp8', 'none'"),
+        ({"granularity": "pixel"}, "granularity"),
+        ({"lowering": "magic"}, "'boxes'"),
+        ({"inner": 3}, "backend name or a callable"),
+        ({"inner": "fps"}, "from itself"),
+        ({"inner_options": "fast"}, "must be a dict"),
+        ({"grid": (3, 6)}, "three integers"),
+        ({"timestep": {"inputs": "t"}}, "did you mean 'input'"),
+        ({"timestep": {"start": 0.0, "end": 0.0}}, "both"),
+        ({"timestep": {"shift": 0}}, "positive"),
+        ({"timestep": {"start": "noise"}}, "must be a number"),
+        ({"timestep": "t"}, "must be a dict"),
+        ({"strict": "yes"}, "True or False"),
+        ({"attention_kinds": ("4d",)}, "'spatial'"),
+        ({"attention_kinds": ("3d", "temporal")}, "only '3d'"),
+    ],
+)
+def test_bad_options(options: dict[str, Any], words: str) -> None:
+    with pytest.raises(OptionError, match=words) as caught:
+        Settings.from_options(options)
+    assert isinstance(caught.value, FpsError)
+    assert isinstance(caught.value, ValueError)
+
+
+@pytest.mark.parametrize("ranges", [[(0.0, 0.5), (0.4, 1.0)], [(0.0, 0.4), (0.5, 1.0)], [(0.5, 0.2)], [(0.0, 0.9)]])
+def test_schedules_with_gaps_overlaps_or_reversed_ranges(ranges: list[tuple[float, float]]) -> None:
+    with pytest.raises(ScheduleError):
+        Settings.from_options({"schedule": [{"start": a, "end": b, "density": 0.5} for a, b in ranges]})
+
+
+def test_schedules_in_every_form() -> None:
+    phases = [Phase(0.0, 0.5, density=1.0), Phase(0.5, 1.0, window=(1, 2, 2))]
+    from_dicts = Settings.from_options({"schedule": [dataclasses.asdict(phase) for phase in phases]})
+    assert from_dicts.phases == Settings.from_options({"schedule": phases}).phases == Schedule(tuple(phases))
+    assert Settings.from_options({"window": [1, 2, 2]}).phases.phases[0].window == (1, 2, 2)
+
+
+def test_granularity_overrides_every_phase() -> None:
+    settings = Settings.from_options({"schedule": "paper", "granularity": "head"})
+    assert {phase.granularity for phase in settings.phases.phases} == {"head"}
+
+
+def test_settings_are_hashable() -> None:
+    options = {"inner_options": {"freezing": True}, "timestep": {"shift": 3.0}}
+    assert hash(Settings.from_options(options)) == hash(Settings.from_options(options))
