@@ -152,7 +152,6 @@ def _site_record(state: GraphState, site: AttentionSite) -> SiteRecord:
     batch, heads, q_length, k_length, head_dim = (size.hint for size in site.shape)
     plan = state.plans.get(site.node)
     resolved = resolved_plan(site, plan) if plan is not None else None
-    value = fake_tensor(site.node.args[0]) if site.node.args else None
     grid = tuple(size.hint for size in site.grid) if site.grid is not None else None
     return SiteRecord(
         node=site.node.name,
@@ -163,7 +162,7 @@ def _site_record(state: GraphState, site: AttentionSite) -> SiteRecord:
         head_dim=head_dim,
         q_length=q_length,
         k_length=k_length,
-        dtype=str(value.dtype).removeprefix("torch.") if value is not None else "",
+        dtype=site.dtype,
         grid=grid,  # type: ignore[arg-type]
         grid_source=site.grid_source,
         segments=tuple((segment.kind, segment.length.hint) for segment in site.segments),

@@ -77,6 +77,8 @@ class AttentionSite:
     """"3d", "spatial", "temporal", "cross" or "other"."""
     shape: tuple[Size, Size, Size, Size, Size]
     """(B, heads, Lq, Lk, features per head)."""
+    dtype: str = ""
+    """Of the queries: "float32", "bfloat16", ..."""
     grid: tuple[Size, Size, Size] | None = None
     """Video tokens along (t, h, w); None when unknown, or known only at run time (``grid_source="attach"``)."""
     grid_source: str | None = None

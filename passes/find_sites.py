@@ -14,6 +14,7 @@ Anything else carries a Rejection. Changes nothing in the graph. Runs after trac
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 import sympy
 import torch
@@ -53,6 +54,7 @@ def _place(state: GraphState, node: fx.Node) -> AttentionSite:
             node,
             "other",
             shape,
+            dtype_of(query),
             rejection=Rejection(
                 Reason.LAYOUT, f"q has {rank} dimensions; [batch, heads, tokens, features] is required", rank, node
             ),
@@ -92,6 +94,11 @@ def _site_shape(shapes: list[tuple[Size, ...]]) -> tuple[Size, Size, Size, Size,
     return (q[0], q[1], q[2], k[2], q[3])
 
 
+def dtype_of(node: Any) -> str:
+    value = fake_tensor(node)
+    return str(value.dtype).removeprefix("torch.") if value is not None else ""
+
+
 def runs(axis: Axis) -> tuple[Axis, ...]:
     """The pieces that lie end to end on a token axis."""
     return axis[0].parts if len(axis) == 1 and isinstance(axis[0], Cat) else (axis,)
@@ -101,7 +108,7 @@ def classify(state: GraphState, node: fx.Node, shape: tuple[Size, Size, Size, Si
     """The site's kind, and its grid and spans when it is 3D."""
     labels = [state.labels[tensor] for tensor in node.args[:3]]  # type: ignore[index]
     q_axis, k_axis, v_axis = (label[2] for label in labels)
-    site = AttentionSite(node, "other", shape)
+    site = AttentionSite(node, "other", shape, dtype_of(node.args[0]))
     if k_axis != v_axis:
         return replace(
             site,

@@ -13,11 +13,14 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import inspect
 import operator
+import re
 from dataclasses import dataclass
 
 import torch
 from torch import fx
+from torch._dynamo.symbolic_convert import InstructionTranslator
 
 import fpscompile.ops  # noqa: F401  (registers torch.ops.fps)
 from fpscompile.errors import FpsError
@@ -88,14 +91,39 @@ def _mask(state: GraphState, node: fx.Node) -> fx.Node | None:
 def find_timestep(state: GraphState) -> fx.Node | None:
     """The graph input that ``options["timestep"]["input"]`` names, if it is one tensor."""
     name = state.settings.timestep.input
-    found = [
-        node
-        for node in state.graph.nodes
-        if node.op == "placeholder"
-        and fake_tensor(node) is not None
-        and (source_name(node) or f".{node.target}").endswith((f"['{name}']", f".{name}"))
-    ]
+    positions = _forward_parameters(state)
+    found = []
+    for node in state.graph.nodes:
+        if node.op != "placeholder" or fake_tensor(node) is None:
+            continue
+        source = source_name(node) or f".{node.target}"
+        positional = re.fullmatch(r"L\['args'\]\[(\d+)\]", source)
+        if positional and int(positional[1]) < len(positions):
+            source = f".{positions[int(positional[1])]}"
+        if source.endswith((f"['{name}']", f".{name}")):
+            found.append(node)
     return found[0] if len(found) == 1 else None
+
+
+def _forward_parameters(state: GraphState) -> list[str]:
+    """Names of the root module's forward arguments: a decorated forward hides them behind ``*args``."""
+    cls = _root_of_frame() or _root_of_stack(state)
+    return list(inspect.signature(cls.forward).parameters)[1:] if hasattr(cls, "forward") else []
+
+
+def _root_of_frame() -> type | None:
+    """Class of ``self`` in the frame that Dynamo is compiling; None where Dynamo does not say."""
+    try:
+        scope = InstructionTranslator.current_tx().output.local_scope
+    except (AttributeError, AssertionError):
+        return None
+    return type(scope["self"]) if isinstance(scope.get("self"), torch.nn.Module) else None
+
+
+def _root_of_stack(state: GraphState) -> type | None:
+    """Class of the outermost module that the graph's nodes remember."""
+    stacks = (node.meta.get("nn_module_stack") for node in state.graph.nodes)
+    return next((next(iter(stack.values()))[1] for stack in stacks if stack), None)
 
 
 class _Inputs:

@@ -306,3 +306,15 @@ def test_grid_reader_layouts() -> None:
     assert GridReader(hunyuan.build())((), hunyuan.inputs((3, 6, 10))) == (3, 6, 10)
     assert GridReader(nn.Identity())((), {"num_frames": 3, "height": 4, "width": 5}) == (3, 4, 5)
     assert GridReader(nn.Identity())((torch.zeros(1, 2),), {}) is None
+
+
+def test_timestep_given_by_position(phases: list[tuple[int, ...]]) -> None:
+    """diffusers wraps forward in a decorator that takes ``*args``: the name is gone, the position is not."""
+    inputs = wan_inputs(step=10)
+    positional = (inputs["hidden_states"], inputs["timestep"], inputs["encoder_hidden_states"])
+    model = wan(layers=1)
+    with torch.no_grad():
+        torch.compile(model, backend="fps", options=OPTIONS)(*positional)
+        report = fpscompile.explain(model, *positional, options=OPTIONS)
+    assert phases == [(2,), (2,)]
+    assert report.graphs[0].progress_source == "input 'timestep'"
