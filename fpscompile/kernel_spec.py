@@ -13,7 +13,8 @@ Rounding contract of P (``quant="fp8"``)
         acc  = acc * exp(m_{j-1} - m_j) + P8_j @ V8    # float32
         l    = l   * exp(m_{j-1} - m_j) + rowsum(exp(S_j - m_j))   # from the unrounded P, float32
 
-    and the output is ``v_scale * acc / (p_scale * l)``, the log-sum-exp ``m + log(l)`` (natural). Invalid slots
+    and the output is ``v_scale * acc / (p_scale * l)``, the log-sum-exp ``m + log(l)`` (natural), plus the shift that
+    K-mean smoothing took from the scores (see :meth:`fpscompile.quant.QuantizedAttention.lse_shift`). Invalid slots
     have ``S = -inf``. A row with no valid key gives zeros and ``-inf``. Query blocking does not enter.
 """
 

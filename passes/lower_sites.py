@@ -108,7 +108,8 @@ def find_timestep(state: GraphState) -> fx.Node | None:
 def _forward_parameters(state: GraphState) -> list[str]:
     """Names of the root module's forward arguments: a decorated forward hides them behind ``*args``."""
     cls = _root_of_frame() or _root_of_stack(state)
-    return list(inspect.signature(cls.forward).parameters)[1:] if hasattr(cls, "forward") else []
+    forward = getattr(cls, "forward", None)
+    return list(inspect.signature(forward).parameters)[1:] if forward is not None else []
 
 
 def _root_of_frame() -> type | None:

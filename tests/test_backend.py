@@ -146,6 +146,18 @@ def test_inductor(context: Any) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("name", FAMILIES)
+def test_inductor_equals_eager_with_gradients(name: str) -> None:
+    entry = ZOO[name]
+    model, inputs, fps = entry.build(), entry.inputs(), backend(inner="inductor")
+    expected = output(model, **inputs)
+    actual = output(torch.compile(model, backend=fps, fullgraph=True), **inputs)
+    assert rewritten(fps) == entry.video_sites
+    assert relative(actual.detach(), expected.detach()) <= 1e-5
+    assert relative(gradients(model, actual), gradients(model, expected)) <= 1e-5
+
+
+@pytest.mark.slow
 def test_inductor_trains_under_dynamic_shapes() -> None:
     entry = ZOO["handwritten-matmul"]
     model, fps = entry.build(), backend(inner="inductor")

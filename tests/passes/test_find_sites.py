@@ -10,6 +10,7 @@ import torch
 from torch.nn import functional as F
 
 from fpscompile import Backend, Settings
+from fpscompile.errors import StrictError
 from fpscompile.records import SiteRecord
 
 T, H, W, HEADS, D = 3, 4, 5, 2, 8
@@ -236,7 +237,33 @@ def test_two_sites_of_one_graph_are_judged_apart() -> None:
     assert [site.rewritten for site in explain(both, latent())] == [True, False]
 
 
-def test_mixed_dtypes_and_masks_with_gradients() -> None:
+def test_unsupported_dtype() -> None:
+    """Eager attention cannot compute it either, so the graph is only looked at."""
+    fps = Backend(Settings.from_options(WINDOW | {"inner": lambda gm, inputs: lambda *args: (args[0],)}))
+    torch.compile(plain, backend=fps)(latent().to(torch.complex64))
+    (site,) = fps.graphs[0].sites
+    assert (site.kind, site.rewritten, site.reason_code) == ("3d", False, "dtype")
+
+
+@pytest.mark.parametrize("code", ["dropout", "causal", "mask", "dtype"])
+def test_reasons_are_errors_under_strict(code: str) -> None:
+    def attention(video: torch.Tensor) -> torch.Tensor:
+        x = tokens_of(video)
+        full = torch.ones(x.shape[1], x.shape[1], dtype=torch.bool).tril()
+        arguments: dict[str, dict[str, Any]] = {
+            "dropout": {"dropout_p": 0.5},
+            "causal": {"is_causal": True},
+            "mask": {"attn_mask": full},
+        }
+        return self_attention(x, **arguments.get(code, {}))
+
+    video = latent().to(torch.complex64 if code == "dtype" else torch.float32)
+    with pytest.raises(torch._dynamo.exc.BackendCompilerFailed, match="strict=True") as caught:
+        torch.compile(attention, backend=Backend(Settings.from_options(WINDOW | {"strict": True})))(video)
+    assert isinstance(caught.value.inner_exception, StrictError)
+
+
+def test_masks_with_gradients() -> None:
     def biased(video: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
         return self_attention(tokens_of(video), attn_mask=bias)
 
