@@ -10,6 +10,7 @@ figure. ``efficiency`` is ratio * density: 1 means that a kept query-key pair co
 from __future__ import annotations
 
 import argparse
+import json
 import math
 import sys
 from collections.abc import Callable, Iterator
@@ -182,6 +183,19 @@ def summarize(rows: list[dict[str, Any]]) -> dict[str, Any]:
     return summary
 
 
+def replace_rows(earlier: list[dict[str, Any]], again: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """``earlier`` with the rows that were measured again replaced: for a row that another process disturbed."""
+
+    def key(row: dict[str, Any]) -> str:
+        return json.dumps([row[name] for name in KEYS])
+
+    news = {key(row): row for row in again}
+    return [news.pop(key(row), row) for row in earlier] + list(news.values())
+
+
+KEYS = ("tokens", "grid", "tile", "window", "heads", "head_dim", "dtype", "direction", "lowering")
+
+
 def _x(value: Any) -> str:
     return "x".join(map(str, value))
 
@@ -212,7 +226,11 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     parser.add_argument("--rounds", type=int, default=7, help="turns per shape (at least 3)")
     parser.add_argument("--budget", type=float, default=10.0, help="seconds per shape, once 3 turns are done")
     parser.add_argument("--threads", type=int, help="torch threads; 1 is steadiest on a machine that others use too")
-    parser.add_argument("--filter", default="", help="only rows whose 'tokens dtype head_dim' contains this text")
+    parser.add_argument(
+        "--filter",
+        default="",
+        help="only rows whose 'tokens dtype head_dim' contains this text; with --json they replace those of the file",
+    )
     parser.add_argument("--json", type=Path, help="also write the rows to this file")
     args = parser.parse_args(argv)
     if args.threads:
@@ -231,6 +249,8 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
             budget=args.budget,
             peak=peaks[shape.dtype],
         )
+    if args.filter and args.json and args.json.exists():
+        rows = replace_rows(json.loads(args.json.read_text())["rows"], rows)
     summary = summarize(rows)
     direction = "forward + backward" if args.backward else "forward"
     print_table(f"{args.lowering} against dense attention, {direction}", COLUMNS, rows)
