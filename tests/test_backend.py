@@ -74,7 +74,7 @@ def test_three_grids(name: str, dynamic: bool | None) -> None:
         for grid in GRIDS:
             output(plain, **entry.inputs(grid))
     assert rewritten(fps) == entry.video_sites * len(fps.graphs)
-    assert len(fps.graphs) == len(captured) <= 2
+    assert len(fps.graphs) == len(captured)  # no more than Dynamo itself makes
 
 
 @pytest.mark.parametrize("name", ["wan", "cogvideox-2b", "hunyuan"])
@@ -154,7 +154,12 @@ def test_inductor_equals_eager_with_gradients(name: str) -> None:
     actual = output(torch.compile(model, backend=fps, fullgraph=True), **inputs)
     assert rewritten(fps) == entry.video_sites
     assert relative(actual.detach(), expected.detach()) <= 1e-5
-    assert relative(gradients(model, actual), gradients(model, expected)) <= 1e-5
+    torch._dynamo.reset()
+    plain = output(torch.compile(model, backend="inductor"), **inputs)
+    ours, inductors, eagers = (gradients(model, result) for result in (actual, plain, expected))
+    assert relative(ours, inductors) <= 1e-6
+    # Inductor alone rounds HunyuanVideo's gradients 1.2e-5 away from eager.
+    assert relative(ours, eagers) <= max(1e-5, 1.01 * relative(inductors, eagers))
 
 
 @pytest.mark.slow
