@@ -1,9 +1,9 @@
 """Source text -> loaded library: build, cache, and the probe that says whether this machine can run it.
 
-The compile command is torch's own (``torch._inductor.cpp_builder``), so ``CXX`` and Inductor's settings count. A library
-lies in the cache folder under the hash of its source, the command, the compiler and the processor. It is built under a
-file lock, next to its final name, and moved there in one step: processes that start together build it once, and one
-that is killed leaves no half a library.
+The compile command is torch's own (``torch._inductor.cpp_builder``), so ``CXX`` and Inductor's settings count. A
+library lies in the cache folder under the hash of its source, the command, the compiler and the processor. It is built
+under a file lock, next to its final name, and moved there in one step: processes that start together build it once,
+and one that is killed leaves no half a library.
 """
 
 from __future__ import annotations

@@ -48,7 +48,7 @@ class Plan:
     smooth_k: bool = True
     """Subtract K's mean over the valid tokens before quantization (exact: softmax does not see it)."""
     lowering: str = "boxes"
-    """"boxes", "gather" or "reference"."""
+    """A key of :data:`fpscompile.lowerings.REGISTRY`."""
     block_n: int = BLOCK_N
     """Key slots per rounding block of P (only with quant="fp8")."""
     p_scale: float = P_SCALE

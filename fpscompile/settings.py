@@ -15,7 +15,7 @@ KINDS = ("3d", "spatial", "temporal", "cross", "other")
 """What a site attends over. Only "3d" has a rewrite today."""
 
 QUANT = ("auto", "fp8", "none")
-LOWERINGS = ("auto", "boxes", "gather", "reference")
+LOWERINGS = ("auto", "cpp", "boxes", "gather", "reference")
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,8 @@ class Settings:
     granularity: str | None = None
     """Overrides the granularity of every phase; one of "tensor", "head", "tile", "subtile"."""
     lowering: str = "auto"
-    """"auto", or one of "boxes", "gather", "reference" (slow, the oracle)."""
+    """"cpp" (generated kernel, CPU), "boxes" (dense attention per box, any device), "gather" (any mask, and FP8),
+    "reference" (slow, the oracle), or "auto": the first of the first three that can run the site here."""
     inner: str | Callable[..., Any] = "inductor"
     """Compiles everything that is not 3D attention: any registered backend name, or a callable."""
     inner_options: tuple[tuple[str, Any], ...] = ()

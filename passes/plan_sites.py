@@ -1,18 +1,22 @@
 """plan_sites: decide, for every legal 3D site, tile, schedule, quantization and lowering.
 
-Runs after find_sites. Decides from Settings alone, so equal sites get equal plans; errors that the grid at hand
-would raise at run time (a density below its floor) are raised here, where the user sees them with the compile.
+Runs after find_sites. Decides from Settings and from what the machine can run, so equal sites get equal plans. Errors
+that the grid at hand would raise at run time (a density below its floor) are raised here, where the user sees them
+with the compile.
 """
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 
 import torch
 
+from fpscompile.errors import OptionError, UnsupportedError
 from fpscompile.ir import AttentionSite
 from fpscompile.kernel_spec import tile_slots
-from fpscompile.passes.base import GraphState, fake_tensor
+from fpscompile.lowerings import cpp
+from fpscompile.passes.base import GraphState, fake_tensor, size_of
 from fpscompile.plan import Plan, ResolvedPlan, resolve
 
 
@@ -38,20 +42,36 @@ def plan_for(site: AttentionSite, state: GraphState) -> Plan:
     quant = settings.quant
     if quant == "auto":
         quant = "fp8" if _has_fp8_tensor_cores(query.device) else "none"
-    lowering = settings.lowering
-    if lowering == "auto":
-        # A product window splits into boxes of dense attention; FP8 needs P rounded block by block, as gather does.
-        lowering = "gather" if quant == "fp8" else "boxes"
-    elif lowering == "boxes" and quant == "fp8":
-        state.note(
-            "warning",
-            "lowering",
-            'lowering="boxes" computes through dense attention, which cannot round P to FP8; using "gather"',
-        )
-        lowering = "gather"
-    plan = Plan.of(settings.phases, tile=settings.tile, quant=quant, lowering=lowering)
+    plan = Plan.of(settings.phases, tile=settings.tile, quant=quant, lowering=settings.lowering)
     tile_slots(plan.tile, plan.block_n)
-    return plan
+    return dataclasses.replace(plan, lowering=_lowering(site, plan, state))
+
+
+def _lowering(site: AttentionSite, plan: Plan, state: GraphState) -> str:
+    """The fastest lowering that can run a site on its device; what is asked for by name and cannot run is an error.
+
+    1. FP8 needs P rounded block by block: gather.
+    2. On a CPU that can build and run it, the generated kernel: it was faster than boxes at every shape measured.
+    3. Otherwise boxes, which run anywhere; on a CPU with a record of why.
+    """
+    asked = plan.lowering
+    if plan.quant == "fp8":
+        if asked in ("boxes", "cpp"):
+            raise OptionError(f"lowering={asked!r} cannot round P to FP8 as quant='fp8' asks; use 'gather' or 'auto'")
+        return "gather" if asked == "auto" else asked
+    if asked not in ("auto", "cpp"):
+        return asked
+    query, _, value = (fake_tensor(tensor) for tensor in site.node.args[:3])
+    assert query is not None
+    assert value is not None
+    reason = cpp.why_not(query.dtype, site.shape[4].hint, size_of(value.shape[3]).hint, plan, query.device)
+    if reason is None:
+        return "cpp"
+    if asked == "cpp":
+        raise UnsupportedError(f"lowering='cpp' cannot run {site.node}: {reason}; use 'boxes' or 'auto'")
+    if query.device.type == "cpu":
+        state.note("info", "lowering", f"lowering 'boxes' in place of the faster 'cpp': {reason}")
+    return "boxes"
 
 
 def resolved_plan(site: AttentionSite, plan: Plan) -> ResolvedPlan:

@@ -23,7 +23,7 @@ SCHEDULE = [
     {"start": 0.2, "end": 0.8, "window": (1, 2, 2)},
     {"start": 0.8, "end": 1.0, "window": (1, 1, 1)},
 ]
-OPTIONS = {"schedule": SCHEDULE, "tile": (2, 2, 4), "inner": "eager"}
+OPTIONS = {"schedule": SCHEDULE, "tile": (2, 2, 4), "inner": "eager", "lowering": "boxes"}
 
 
 @pytest.fixture

@@ -9,14 +9,14 @@ import pytest
 import torch
 from models.handwritten import SPELLINGS, HandwrittenDiT
 from models.oracle import WindowedAttention, window_mask
-from models.zoo import TEXT, ZOO, output
+from models.zoo import TEXT, ZOO, output, wan
 from torch import nn
 
 import fpscompile
-from fpscompile import Backend, Settings
+from fpscompile import Backend, Settings, cpp_build
 from fpscompile.errors import CompilerMissingError, GridError, OptionError, StrictError
 
-DENSE = {"quant": "none", "density": 1.0, "tile": (2, 2, 4), "inner": "eager"}
+DENSE = {"quant": "none", "density": 1.0, "tile": (2, 2, 4), "inner": "eager", "lowering": "boxes"}
 GRIDS = [(3, 6, 10), (5, 8, 9), (4, 7, 11)]
 FAMILIES = ["wan", "cogvideox-2b", "hunyuan", "handwritten-einsum"]
 
@@ -338,3 +338,38 @@ def test_public_names() -> None:
     assert all(hasattr(fpscompile, name) for name in fpscompile.__all__)
     with pytest.raises(OptionError):
         Settings.from_options({"inner": "fps"})
+
+
+def planned(dtype: torch.dtype = torch.float32, **options: Any) -> tuple[set[str | None], list[str]]:
+    """Lowerings that a Wan model's sites get, and the notes."""
+    fps = Backend(Settings.from_options({"window": (1, 1, 1), "tile": (2, 2, 4), "inner": "eager"} | options))
+    with torch.no_grad():
+        output(torch.compile(wan(attention_head_dim=32).to(dtype), backend=fps), **ZOO["wan"].inputs(dtype=dtype))
+    (graph,) = fps.graphs
+    return {site.lowering for site in graph.sites if site.rewritten}, [note.message for note in graph.notes]
+
+
+def test_auto_takes_the_generated_kernel_where_it_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cpp_build, "unavailable", lambda compute="float32": None)
+    assert planned() == ({"cpp"}, [])
+    torch._dynamo.reset()
+    assert planned(quant="fp8") == ({"gather"}, [])
+    torch._dynamo.reset()
+    assert planned(lowering="boxes") == ({"boxes"}, [])
+    torch._dynamo.reset()
+    monkeypatch.setattr(cpp_build, "unavailable", lambda compute="float32": "no compiler today")
+    lowerings, notes = planned()
+    assert lowerings == {"boxes"}
+    assert notes == ["lowering 'boxes' in place of the faster 'cpp': no compiler today"]
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"lowering": "cpp", "quant": "fp8"}, "cannot round P to FP8"),
+        ({"lowering": "boxes", "quant": "fp8"}, "cannot round P to FP8"),
+    ],
+)
+def test_a_lowering_that_cannot_run_is_an_error(options: dict[str, Any], words: str) -> None:
+    with pytest.raises(torch._dynamo.exc.BackendCompilerFailed, match=words):
+        planned(**options)

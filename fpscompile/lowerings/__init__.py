@@ -29,6 +29,7 @@ from fpscompile.plan import ResolvedPlan
 
 REGISTRY = {
     "boxes": "fpscompile.lowerings.boxes",
+    "cpp": "fpscompile.lowerings.cpp",
     "gather": "fpscompile.lowerings.gather",
     "reference": "fpscompile.lowerings.oracle",
 }

@@ -39,7 +39,7 @@ MESSAGE_BYTES = 1024
 class _Call(ctypes.Structure):
     """The template's ``struct Call``, field by field."""
 
-    _fields_ = (  # noqa: RUF012 - ctypes reads it once
+    _fields_ = (
         *((name, ctypes.c_void_p) for name in _POINTERS),
         *((name, ctypes.c_int64 * 4) for name in _STRIDES),
         *((name, ctypes.c_int64) for name in _SIZES),
