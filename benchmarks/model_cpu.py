@@ -52,7 +52,7 @@ class Case:
         return math.prod(self.grid)
 
 
-FULL = Case(grid=(16, 32, 32), tile=(2, 8, 8), heads=12, layers=2)
+FULL = Case(grid=(16, 32, 32), tile=(4, 8, 8), heads=12, layers=2)
 QUICK = Case(grid=(4, 16, 16), tile=(2, 8, 8), heads=2, layers=1)
 
 
