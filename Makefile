@@ -58,6 +58,7 @@ format: $(READY)
 # Timing: run on a quiet machine. Results land in benchmarks/results and in README.md.
 bench: $(READY)
 	$(BIN)/python benchmarks/attention_cpu.py --json benchmarks/results/attention_cpu.json
+	$(BIN)/python benchmarks/attention_cpu.py --lowering cpp --filter 8192 --json benchmarks/results/attention_cpu_cpp.json
 	$(BIN)/python benchmarks/model_cpu.py
 	$(BIN)/python benchmarks/compile_time.py
 	$(BIN)/python benchmarks/readme_figures.py
