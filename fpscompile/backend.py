@@ -22,7 +22,7 @@ from fpscompile.passes.base import GraphState, fake_tensor, module_path
 from fpscompile.passes.lower_sites import GRID, PROGRESS
 from fpscompile.passes.pipeline import run_pipeline
 from fpscompile.passes.plan_sites import resolved_plan
-from fpscompile.records import GraphRecord, SiteRecord
+from fpscompile.records import GraphRecord, SiteRecord, strict_failures
 from fpscompile.settings import Settings
 
 logger = logging.getLogger(__name__)
@@ -74,7 +74,7 @@ class Backend:
         self.graphs.append(record)
         if not extra:
             return compiled
-        return _with_inputs(compiled, state.inputs, [fake_tensor(node).device for node in extra], record)  # type: ignore[union-attr]
+        return _with_inputs(compiled, state.inputs, [fake_tensor(node).device for node in extra])  # type: ignore[union-attr]
 
 
 def rewrite(gm: fx.GraphModule, settings: Settings, *, detail: bool = False) -> tuple[GraphRecord, GraphState]:
@@ -200,19 +200,12 @@ def _log(record: GraphRecord) -> None:
 
 def _check_strict(record: GraphRecord) -> None:
     """Under strict, every site of a requested kind is rewritten and every assumption is certain."""
-    failures = [
-        f"{site.node} ({site.kind}, {site.q_length} tokens): {site.reason}"
-        for site in record.sites
-        if not site.rewritten and site.reason_code != Reason.KIND.value
-    ]
-    failures += [note.message for note in record.notes if note.level == "warning"]
+    failures = strict_failures(record.sites, record.notes)
     if failures:
         raise StrictError("strict=True and not everything was rewritten:\n  " + "\n  ".join(failures))
 
 
-def _with_inputs(
-    compiled: Compiled, names: Sequence[str], devices: Sequence[torch.device], record: GraphRecord
-) -> Compiled:
+def _with_inputs(compiled: Compiled, names: Sequence[str], devices: Sequence[torch.device]) -> Compiled:
     """``compiled`` with the appended inputs filled on every call, from whoever publishes them."""
 
     def call(*args: Any) -> Any:
@@ -223,7 +216,6 @@ def _with_inputs(
             }
             return compiled(*args, *(values[name](device) for name, device in zip(names, devices, strict=True)))
 
-    call.fps_record = record  # type: ignore[attr-defined]
     return call
 
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import networkx as nx
 
+from fpscompile.ir import Reason
 from fpscompile.plan import Plan
 from fpscompile.settings import Settings
 
@@ -94,3 +96,13 @@ class GraphRecord:
     settings: Settings = field(default_factory=Settings)
     seconds: float = 0.0
     """Wall time of all passes."""
+
+
+def strict_failures(sites: Sequence[SiteRecord], notes: Sequence[Note]) -> list[str]:
+    """What ``strict=True`` refuses: calls of a requested kind left as they are, and every warning."""
+    failures = [
+        f"{site.module or site.node} ({site.kind}, {site.q_length} tokens): {site.reason}"
+        for site in sites
+        if not site.rewritten and site.reason_code != Reason.KIND.value
+    ]
+    return failures + [note.message for note in notes if note.level == "warning"]

@@ -15,8 +15,7 @@ from typing import Any
 import networkx as nx
 from rich.console import Console, RenderableType
 
-from fpscompile.ir import Reason
-from fpscompile.records import GraphRecord, Note, SiteRecord
+from fpscompile.records import GraphRecord, Note, SiteRecord, strict_failures
 from fpscompile.settings import Settings
 
 WIDTH = 120
@@ -174,12 +173,7 @@ class Report:
     @property
     def strict_failures(self) -> list[str]:
         """What ``strict=True`` refuses: calls of a requested kind left as they are, and every warning."""
-        failures = [
-            f"{site.module or site.node} ({site.kind}, {site.q_length} tokens): {site.reason}"
-            for site in self.sites
-            if not site.rewritten and site.reason_code != Reason.KIND.value
-        ]
-        return failures + [note.message for note in self.notes if note.level == "warning"]
+        return strict_failures(self.sites, self.notes)
 
     def __rich__(self) -> RenderableType:
         from fpscompile.report_text import renderable
