@@ -81,12 +81,13 @@ def _attention(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     _check_tensors(query, key, value, key_mask)
     resolved = _resolve(query, key, grid, published_grid, query_span, key_span, plan)
-    return lowerings.get(resolved.plan.lowering).forward(
+    lowering = lowerings.get(resolved.plan.lowering)
+    return lowering.forward(
         query,
         key,
         value,
         key_mask=key_mask,
-        phases=_phases(phase, query.shape[0], len(resolved.windows)),
+        phases=_phases(phase, query.shape[0], len(resolved.windows), lowering),
         resolved=resolved,
         scale=query.shape[-1] ** -0.5 if scale is None else scale,
     )
@@ -122,7 +123,8 @@ def _attention_backward(
     plan: str,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     resolved = _resolve(query, key, grid, published_grid, query_span, key_span, plan)
-    return lowerings.get(resolved.plan.lowering).backward(
+    lowering = lowerings.get(resolved.plan.lowering)
+    return lowering.backward(
         grad_output,
         query,
         key,
@@ -130,7 +132,7 @@ def _attention_backward(
         output,
         lse,
         key_mask=key_mask,
-        phases=_phases(phase, query.shape[0], len(resolved.windows)),
+        phases=_phases(phase, query.shape[0], len(resolved.windows), lowering),
         resolved=resolved,
         scale=query.shape[-1] ** -0.5 if scale is None else scale,
     )
@@ -300,13 +302,18 @@ def _grid(grid: Ints, published_grid: torch.Tensor | None) -> Grid:
     return (t, h, w)
 
 
-def _phases(phase: torch.Tensor, batch: int, count: int) -> tuple[int, ...]:
-    """One phase per batch element."""
-    given = phase.reshape(-1).tolist()
-    if not given or batch % len(given):
+def _phases(
+    phase: torch.Tensor, batch: int, count: int, lowering: lowerings.Lowering
+) -> tuple[int, ...] | torch.Tensor:
+    """One phase per batch element, or the tensor as it is where the lowering reads it on the device."""
+    if phase.numel() == 0 or batch % phase.numel():
         raise UnsupportedError(
-            f"fps::attention: {len(given)} phases for a batch of {batch}; the batch must be a multiple of their number"
+            f"fps::attention: {phase.numel()} phases for a batch of {batch}; the batch must be a multiple of their "
+            "number"
         )
+    if getattr(lowering, "PHASES_ON_DEVICE", False):
+        return phase
+    given = phase.reshape(-1).tolist()
     for index in given:
         if not 0 <= index < count:
             raise OptionError(f"phase {index} is out of range: the plan has {count} phases, 0 to {count - 1}")

@@ -15,7 +15,7 @@ KINDS = ("3d", "spatial", "temporal", "cross", "other")
 """What a site attends over. Only "3d" has a rewrite today."""
 
 QUANT = ("auto", "fp8", "none")
-LOWERINGS = ("auto", "cpp", "boxes", "gather", "reference")
+LOWERINGS = ("auto", "triton", "cpp", "boxes", "gather", "reference")
 
 
 @dataclass(frozen=True)

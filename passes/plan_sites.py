@@ -10,12 +10,10 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass
 
-import torch
-
 from fpscompile.errors import OptionError, UnsupportedError
 from fpscompile.ir import AttentionSite
 from fpscompile.kernel_spec import tile_slots
-from fpscompile.lowerings import cpp
+from fpscompile.lowerings import cpp, triton
 from fpscompile.passes.base import GraphState, fake_tensor, size_of
 from fpscompile.plan import Plan, ResolvedPlan, resolve
 
@@ -41,7 +39,7 @@ def plan_for(site: AttentionSite, state: GraphState) -> Plan:
     assert query is not None
     quant = settings.quant
     if quant == "auto":
-        quant = "fp8" if _has_fp8_tensor_cores(query.device) else "none"
+        quant = "fp8" if triton.has_fp8_tensor_cores(query.device) else "none"
     plan = Plan.of(settings.phases, tile=settings.tile, quant=quant, lowering=settings.lowering)
     tile_slots(plan.tile, plan.block_n)
     return dataclasses.replace(plan, lowering=_lowering(site, plan, state))
@@ -50,28 +48,35 @@ def plan_for(site: AttentionSite, state: GraphState) -> Plan:
 def _lowering(site: AttentionSite, plan: Plan, state: GraphState) -> str:
     """The fastest lowering that can run a site on its device; what is asked for by name and cannot run is an error.
 
-    1. FP8 needs P rounded block by block: gather.
-    2. On a CPU that can build and run it, the generated kernel: it was faster than boxes at every shape measured.
-    3. Otherwise boxes, which run anywhere; on a CPU with a record of why.
+    1. On a GPU, the generated Triton kernels, quantized or not.
+    2. Elsewhere FP8 needs P rounded block by block: gather.
+    3. On a CPU that can build and run it, the generated kernel: it was faster than boxes at every shape measured.
+    4. Otherwise boxes, which run anywhere. Where 1 or 3 gives way, a record says why.
     """
     asked = plan.lowering
-    if plan.quant == "fp8":
-        if asked in ("boxes", "cpp"):
-            raise OptionError(f"lowering={asked!r} cannot round P to FP8 as quant='fp8' asks; use 'gather' or 'auto'")
-        return "gather" if asked == "auto" else asked
-    if asked not in ("auto", "cpp"):
-        return asked
     query, _, value = (fake_tensor(tensor) for tensor in site.node.args[:3])
     assert query is not None
     assert value is not None
-    reason = cpp.why_not(query.dtype, site.shape[4].hint, size_of(value.shape[3]).hint, plan, query.device)
+    if plan.quant == "fp8" and asked in ("boxes", "cpp"):
+        raise OptionError(
+            f"lowering={asked!r} cannot round P to FP8 as quant='fp8' asks; use 'gather', 'triton' or 'auto'"
+        )
+    generated = "cpp" if query.device.type == "cpu" else "triton"
+    if asked not in ("auto", "cpp", "triton"):
+        return asked
+    if asked != "auto":
+        generated = asked
+    dims = site.shape[4].hint, size_of(value.shape[3]).hint
+    module = triton if generated == "triton" else cpp
+    reason = module.why_not(query.dtype, *dims, plan, query.device)
     if reason is None:
-        return "cpp"
-    if asked == "cpp":
-        raise UnsupportedError(f"lowering='cpp' cannot run {site.node}: {reason}; use 'boxes' or 'auto'")
-    if query.device.type == "cpu":
-        state.note("info", "lowering", f"lowering 'boxes' in place of the faster 'cpp': {reason}")
-    return "boxes"
+        return generated
+    fallback = "gather" if plan.quant == "fp8" else "boxes"
+    if asked != "auto":
+        raise UnsupportedError(f"lowering={asked!r} cannot run {site.node}: {reason}; use {fallback!r} or 'auto'")
+    if plan.quant != "fp8" or query.device.type != "cpu":
+        state.note("info", "lowering", f"lowering {fallback!r} in place of the faster {generated!r}: {reason}")
+    return fallback
 
 
 def resolved_plan(site: AttentionSite, plan: Plan) -> ResolvedPlan:
@@ -93,8 +98,3 @@ def _note_clamps(state: GraphState, plan: Plan, resolved: ResolvedPlan) -> None:
                 f"grid {resolved.q_layout.grid} with tile {plan.tile} has no window of density "
                 f"{phase.density:.2f}; its sparsest, {density:.3f}, is used",
             )
-
-
-def _has_fp8_tensor_cores(device: torch.device) -> bool:
-    # FP8 kernels for GPUs are not part of this version; until a lowering can run them, "auto" never picks FP8.
-    return False

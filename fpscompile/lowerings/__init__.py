@@ -7,7 +7,7 @@ A lowering is a module with two functions::
 
     q         [B, H, Lq, D], k [B, Hk, Lk, D], v [B, Hk, Lk, Dv], any strides, one dtype
     key_mask  None, or [B | 1, H | 1, 1, Lk] bool (True keeps), q's dtype or float32 (added to the scaled scores)
-    phases    one int per batch element
+    phases    one int per batch element; or, where the module says ``PHASES_ON_DEVICE = True``, the op's own int32 tensor
     resolved  :class:`fpscompile.plan.ResolvedPlan`
     scale     float
     out       [B, H, Lq, Dv] in q's dtype, the transpose of a contiguous [B, Lq, H, Dv]
@@ -20,7 +20,7 @@ Modules are imported on first use.
 from __future__ import annotations
 
 import importlib
-from typing import Protocol, cast
+from typing import Any, Protocol, cast
 
 import torch
 
@@ -32,6 +32,7 @@ REGISTRY = {
     "cpp": "fpscompile.lowerings.cpp",
     "gather": "fpscompile.lowerings.gather",
     "reference": "fpscompile.lowerings.oracle",
+    "triton": "fpscompile.lowerings.triton",
 }
 """Name of a lowering, as ``Plan.lowering`` has it, to the module that implements it."""
 
@@ -46,7 +47,7 @@ class Lowering(Protocol):
         v: torch.Tensor,
         *,
         key_mask: torch.Tensor | None,
-        phases: tuple[int, ...],
+        phases: Any,
         resolved: ResolvedPlan,
         scale: float,
     ) -> tuple[torch.Tensor, torch.Tensor]: ...
@@ -61,7 +62,7 @@ class Lowering(Protocol):
         lse: torch.Tensor,
         *,
         key_mask: torch.Tensor | None,
-        phases: tuple[int, ...],
+        phases: Any,
         resolved: ResolvedPlan,
         scale: float,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]: ...

@@ -1,0 +1,184 @@
+"""``KernelSpec`` and ``KernelConfig`` -> a standalone Triton source file in the cache folder -> its module.
+
+Values of a template are ``tl.constexpr``, structure is Jinja, undefined names are errors. The header names everything
+that the text depends on; files are named by their text, so equal kernels share one file, and a file whose text is not
+what its name says is discarded with a warning.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import hashlib
+import importlib.util
+import json
+import logging
+import math
+import os
+import tempfile
+import threading
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import jinja2
+import torch
+
+from fpscompile.gpu.config import KernelConfig
+from fpscompile.gpu.interpreter import interpreting
+from fpscompile.kernel_spec import KernelSpec
+from fpscompile.quant import SUBTILE
+
+TEMPLATES = ("quantize", "attention", "attention_backward")
+
+FP8_FORMATS = {
+    # what Triton calls it, the largest finite value, and the largest power of two that P may be scaled by
+    "e4m3": ("float8e4nv", 448.0, 8.0),
+    "e4m3fnuz": ("float8e4b8", 240.0, 7.0),
+}
+
+HELD = 256 * 128
+"""Values that one program of the pre-pass holds: 128 registers in each of 256 threads."""
+
+log = logging.getLogger("fpscompile")
+_lock = threading.Lock()
+
+
+def fp8_format(target: str) -> str:
+    """The E4M3 flavour of a target: gfx942 has its own, without negative zero and with a largest value of 240."""
+    return "e4m3fnuz" if target == "hip:gfx942" else "e4m3"
+
+
+def padded(dim: int) -> int:
+    """Features of a head as kernels hold them: the next power of two, at least 32 (an FP8 product's depth)."""
+    return max(32, 1 << (dim - 1).bit_length())
+
+
+def held_rows(slots: int, dim: int) -> int:
+    """Slots of a tile that the pre-pass holds in registers at a time: a power of two that divides the tile."""
+    return min(slots & -slots, HELD // dim)
+
+
+def render(template: str, spec: KernelSpec, config: KernelConfig | None = None) -> str:
+    """Text of one template.
+
+    Args:
+        template: one of :data:`TEMPLATES`.
+        config: needed by the attention templates.
+    """
+    return _render(template, spec, config)
+
+
+@functools.lru_cache(maxsize=512)
+def _render(template: str, spec: KernelSpec, config: KernelConfig | None) -> str:
+    name, largest, shift = FP8_FORMATS[fp8_format(spec.target)]
+    slots = spec.tile_slots
+    subtile = spec.quant == "fp8" and "subtile" in spec.granularities and slots >= SUBTILE
+    unit = min(slots, spec.block_n)
+    block_m = 0 if config is None else min(config.block_m, slots)
+    values: dict[str, Any] = {
+        "header": header(template, spec, config),
+        "slots": slots,
+        "rows": held_rows(slots, padded(spec.head_dim)),
+        "run": SUBTILE,
+        "runs": slots // SUBTILE if subtile else 1,
+        "fp8": name,
+        "fp8_max": largest,
+        "p_shift": min(math.log2(spec.p_scale), shift) if fp8_format(spec.target) != "e4m3" else math.log2(spec.p_scale),
+        "quant": spec.quant == "fp8",
+        "shifted": spec.quant == "fp8" and spec.smooth_k,
+        "bias": spec.key_mask != "none",
+        "block_m": block_m,
+        "block_n": spec.block_n,
+        "unit": unit,
+        "scalar_factor": unit == spec.block_n and not subtile,
+        "head_dim": spec.head_dim,
+        "value_dim": spec.value_dim,
+        "dp": padded(spec.head_dim),
+        "dvp": padded(spec.value_dim),
+        "gqa": spec.gqa_group,
+        # The tensor cores' TF32 would drop half of float32's digits; nobody asked for that.
+        "precision": ', input_precision="ieee"' if spec.dtype == "float32" else "",
+    }
+    return _environment().from_string(template_source(template)).render(values)
+
+
+def header(template: str, spec: KernelSpec, config: KernelConfig | None) -> str:
+    """Comment lines that name the spec, the config, the template's hash and the versions."""
+    import triton
+
+    source = template_source(template)
+    fields = [
+        ("spec", _line(dataclasses.asdict(spec))),
+        ("config", "" if config is None else _line(dataclasses.asdict(config))),
+        ("template", f"triton/{template}.py.jinja sha256:{hashlib.sha256(source.encode()).hexdigest()[:16]}"),
+        ("versions", f"torch {torch.__version__}, triton {triton.__version__}"),
+    ]
+    lines = ["# Rendered by fpscompile."] + [f"# {name}: {value}" for name, value in fields if value]
+    return "\n".join(lines)
+
+
+@functools.lru_cache(maxsize=8)
+def template_source(template: str) -> str:
+    """Text of a template file."""
+    folder = importlib.resources.files("fpscompile") / "templates" / "triton"
+    return (folder / f"{template}.py.jinja").read_text(encoding="utf-8")
+
+
+def load(template: str, spec: KernelSpec, config: KernelConfig | None = None) -> ModuleType:
+    """The module of a rendered template: written to the cache folder, then imported. One object per text."""
+    text = render(template, spec, config)
+    return _module(text, template, interpreting(), cache_folder())
+
+
+_modules: dict[tuple[str, bool], ModuleType] = {}
+
+
+def _module(text: str, template: str, interpreted: bool, folder: Path) -> ModuleType:
+    with _lock:
+        key = (text, interpreted)
+        if key not in _modules:
+            name = f"fps_{template}_{hashlib.sha256(text.encode()).hexdigest()[:16]}"
+            spec = importlib.util.spec_from_file_location(name, _file(folder / f"{name}.py", text))
+            assert spec is not None
+            assert spec.loader is not None
+            module = importlib.util.module_from_spec(spec)
+            spec.loader.exec_module(module)
+            _modules[key] = module
+        return _modules[key]
+
+
+def cache_folder() -> Path:
+    """``FPS_CACHE_DIR/triton``; without the variable, a folder inside Inductor's cache."""
+    root = os.environ.get("FPS_CACHE_DIR")
+    if root:
+        return Path(root) / "triton"
+    from torch._inductor.runtime.cache_dir_utils import cache_dir
+
+    return Path(cache_dir()) / "fpscompile" / "triton"
+
+
+def _file(path: Path, text: str) -> Path:
+    """``path`` holding ``text``: written beside it and renamed, so that no process ever reads half a file."""
+    try:
+        if path.read_text(encoding="utf-8") == text:
+            return path
+        log.warning("%s is not what its name says: it is written anew", path)
+    except FileNotFoundError:
+        pass
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    with os.fdopen(handle, "w", encoding="utf-8") as file:
+        file.write(text)
+    os.replace(temporary, path)
+    return path
+
+
+def _environment() -> jinja2.Environment:
+    return jinja2.Environment(
+        undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True
+    )
+
+
+def _line(value: dict[str, Any]) -> str:
+    return json.dumps(value, sort_keys=True, separators=(",", ":"))

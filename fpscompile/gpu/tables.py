@@ -1,0 +1,121 @@
+"""What GPU kernels read besides the operands: token tables and lists of key units, as int32 tensors on the device.
+
+A *unit* is the run of slots that one list entry names: a whole tile where tiles are no longer than a block of keys,
+otherwise one block of a tile. Units that hold no token are never listed.
+"""
+
+from __future__ import annotations
+
+import functools
+import threading
+from collections import OrderedDict
+from dataclasses import dataclass
+
+import torch
+
+from fpscompile.kernel_spec import tile_slots
+from fpscompile.masks import BlockMask
+from fpscompile.plan import ResolvedPlan
+from fpscompile.tiling import TileLayout
+
+CACHED = 64
+"""Resolved plans whose tables stay on their device; the least recently used goes first."""
+
+
+@dataclass(frozen=True, eq=False)
+class Units:
+    """For each tile of one side, the units of the other side that it meets."""
+
+    count: torch.Tensor
+    """int32 [phases, 1 | heads, tiles]."""
+    index: torch.Tensor
+    """int32 [phases, 1 | heads, tiles, capacity]: ascending; entries past the count are 0."""
+    valid: torch.Tensor
+    """int32 [units]: tokens in each unit; they are its first slots."""
+
+
+@dataclass(frozen=True, eq=False)
+class Tables:
+    """The tables of one resolved plan on one device."""
+
+    slots: int
+    """Slots of a tile, on both sides."""
+    unit: int
+    """Slots of a unit, on both sides."""
+    q_token: torch.Tensor
+    """int32 [q_tiles * slots]: sequence index of the query in each slot, -1 for padding."""
+    k_token: torch.Tensor
+    """int32 [k_tiles * slots]: the same for keys."""
+    keys: Units
+    """The key units of each query tile: what the forward and dq walk."""
+    queries: Units
+    """The query units of each key tile: what dk and dv walk."""
+
+    @property
+    def q_slots(self) -> int:
+        return self.q_token.numel()
+
+    @property
+    def k_slots(self) -> int:
+        return self.k_token.numel()
+
+
+_cache: OrderedDict[tuple[ResolvedPlan, torch.device], Tables] = OrderedDict()
+_lock = threading.Lock()
+
+
+def tables_of(resolved: ResolvedPlan, device: torch.device, block_mask: BlockMask | None = None) -> Tables:
+    """The tables of ``resolved`` on ``device``; cached unless ``block_mask`` takes the place of the plan's."""
+    if block_mask is not None:
+        return _tables(resolved, block_mask, device)
+    key = (resolved, device)
+    with _lock:
+        if key in _cache:
+            _cache.move_to_end(key)
+            return _cache[key]
+    tables = _tables(resolved, resolved.block_mask, device)
+    with _lock:
+        tables = _cache.setdefault(key, tables)
+        while len(_cache) > CACHED:
+            _cache.popitem(last=False)
+    return tables
+
+
+def _tables(resolved: ResolvedPlan, mask: BlockMask, device: torch.device) -> Tables:
+    q_layout, k_layout, block = resolved.q_layout, resolved.k_layout, resolved.plan.block_n
+    slots = tile_slots(resolved.plan.tile, block)
+    unit = min(slots, block)
+    visible = mask.to("cpu").to_dense(k_layout.n_tiles)
+    return Tables(
+        slots=slots,
+        unit=unit,
+        q_token=q_layout.slots(slots).flatten().to(device, torch.int32),
+        k_token=k_layout.slots(slots).flatten().to(device, torch.int32),
+        keys=_units(visible, k_layout, slots, unit, device),
+        queries=_units(visible.mT, q_layout, slots, unit, device),
+    )
+
+
+def _units(visible: torch.Tensor, layout: TileLayout, slots: int, unit: int, device: torch.device) -> Units:
+    """From bool [phases, 1 | heads, tiles, tiles of ``layout``]."""
+    per_tile = slots // unit
+    start = torch.arange(per_tile) * unit
+    valid = (layout.sizes()[:, None] - start).clamp(0, unit).flatten()
+    listed = visible.repeat_interleave(per_tile, dim=-1) & (valid > 0)
+    lists = BlockMask.from_dense(listed)
+    return Units(lists.kv_num_blocks.to(device), lists.kv_indices.to(device), valid.to(device, torch.int32))
+
+
+def row_blocks(layout: TileLayout, slots: int, block: int, device: torch.device) -> torch.Tensor:
+    """int32 [n, 3] on ``device``: (tile, first slot in the sequence, tokens) of every block of rows that holds a token."""
+    return _row_blocks(layout, slots, block, device)
+
+
+@functools.lru_cache(maxsize=256)
+def _row_blocks(layout: TileLayout, slots: int, block: int, device: torch.device) -> torch.Tensor:
+    blocks = [
+        (tile, tile * slots + start, min(block, size - start))
+        for tile, size in enumerate(layout.sizes().tolist())
+        for start in range(0, size, block)
+    ]
+    return torch.tensor(blocks, dtype=torch.int32).view(-1, 3).to(device)

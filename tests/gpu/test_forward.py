@@ -1,0 +1,181 @@
+"""The Triton kernels against the gather lowering and the oracle, in Triton's interpreter or on a GPU where there is one.
+
+The two compute the same sums in another order: without quantization float32 rounding is all that may differ. With it
+a score that differs in its last bit may round P to the neighbouring E4M3 value.
+"""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from fpscompile.gpu import operands
+from fpscompile.gpu.tables import tables_of
+from fpscompile.kernel_spec import tile_slots
+from fpscompile.lowerings import gather, triton
+from fpscompile.masks import BlockMask
+from fpscompile.plan import PhasePlan, Plan, ResolvedPlan, resolve
+from fpscompile.quant import quantize_attention
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 8e-3, torch.float16: 1e-3}
+TOLERANCE_FP8 = {torch.float32: 5e-3, torch.bfloat16: 8e-3, torch.float16: 5e-3}
+
+PHASES = (
+    PhasePlan(window=(1, 2, 2), granularity="subtile"),
+    PhasePlan(window=(2, 1, 3), granularity="head"),
+    PhasePlan(window=(2, 3, 1)),
+    PhasePlan(density=1.0, granularity="tensor"),
+)
+
+
+def relative(a: torch.Tensor, b: torch.Tensor) -> float:
+    return ((a.double() - b.double()).norm() / b.double().norm().clamp(min=1e-30)).item()
+
+
+def resolved_plan(grid, tile, before=0, after=0, phases=PHASES, **fields) -> ResolvedPlan:
+    video = math.prod(grid)
+    plan = Plan(tile=tile, phases=phases, lowering="triton", **fields)
+    return resolve(plan, grid, before + video + after, before + video + after, before, before)
+
+
+def draw(resolved: ResolvedPlan, dtype=torch.float32, batch=1, heads=2, key_heads=2, dim=64, value_dim=64):
+    """q, k, v as transposes of [B, L, H, D]; k has a common part."""
+    lengths = resolved.q_layout.length, resolved.k_layout.length
+
+    def randn(heads: int, length: int, dim: int) -> torch.Tensor:
+        return torch.randn(batch, length, heads, dim).to(dtype).transpose(1, 2)
+
+    q, k, v = randn(heads, lengths[0], dim), randn(key_heads, lengths[1], dim), randn(key_heads, lengths[1], value_dim)
+    return tuple(x.to(DEVICE) for x in (q, k + 1.5, v))
+
+
+def check(resolved: ResolvedPlan, inputs, phases, *, key_mask=None, block_mask=None, scale=0.2, config=None) -> None:
+    q, k, v = inputs
+    common = {"resolved": resolved, "scale": scale, "block_mask": block_mask}
+    wide = [x.double() if resolved.plan.quant == "none" else x.float() for x in inputs]
+    expected, expected_lse = gather.forward(*wide, key_mask=key_mask, phases=phases, **common)
+    phase = torch.tensor(phases, dtype=torch.int32, device=q.device)
+    out, lse = triton.forward(q, k, v, key_mask=key_mask, phases=phase, config=config, **common)
+    assert out.dtype == q.dtype
+    assert out.transpose(1, 2).is_contiguous()
+    assert out.isfinite().all()
+    tolerance = (TOLERANCE if resolved.plan.quant == "none" else TOLERANCE_FP8)[q.dtype]
+    assert relative(out, expected) < tolerance
+    empty = expected_lse == float("-inf")
+    assert torch.equal(lse == float("-inf"), empty)
+    assert not out[empty].any()
+    # A mean of K that differs in its last bit may round a value of K8 to its neighbour.
+    loose = 2e-2 if resolved.plan.quant == "fp8" else 2e-5 if q.dtype == torch.float32 else 2e-2
+    torch.testing.assert_close(lse[~empty].double(), expected_lse[~empty].double(), rtol=1e-5, atol=loose)
+
+
+@pytest.mark.parametrize("quant", ["fp8", "none"])
+@pytest.mark.parametrize(
+    ("grid", "tile", "before", "after"),
+    [
+        ((5, 9, 9), (4, 4, 4), 0, 0),
+        ((3, 9, 17), (2, 8, 8), 7, 0),
+        ((5, 12, 9), (4, 8, 8), 0, 130),
+        ((7, 10, 9), (6, 8, 8), 3, 5),
+        ((4, 6, 6), (2, 3, 3), 5, 0),
+    ],
+    ids=lambda value: "x".join(map(str, value)) if isinstance(value, tuple) else str(value),
+)
+def test_every_phase_on_ragged_grids_with_text(quant, grid, tile, before, after):
+    resolved = resolved_plan(grid, tile, before, after, quant=quant)
+    check(resolved, draw(resolved, batch=4, heads=1, key_heads=1), (0, 1, 2, 3))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("quant", ["fp8", "none"])
+@pytest.mark.parametrize(("dim", "value_dim"), [(96, 96), (128, 128), (72, 40)])
+def test_head_dims_and_dtypes(dtype, quant, dim, value_dim):
+    resolved = resolved_plan((3, 9, 9), (2, 8, 8), 0, 9, phases=PHASES[2:3], quant=quant)
+    check(resolved, draw(resolved, dtype, dim=dim, value_dim=value_dim), (0,))
+
+
+@pytest.mark.parametrize("quant", ["fp8", "none"])
+@pytest.mark.parametrize("tile", [(2, 8, 8), (2, 4, 4)], ids=str)
+@pytest.mark.parametrize("kind", ["bool", "float", "hidden"])
+def test_key_masks(quant, tile, kind):
+    """Padded text, additive masks, heads of their own, and a batch element that sees no key at all."""
+    resolved = resolved_plan((3, 9, 9), tile, 0, 40, quant=quant)
+    inputs = draw(resolved, batch=2, heads=4, key_heads=2)
+    length = resolved.k_layout.length
+    keep = torch.rand(2, 1 if kind == "bool" else 4, 1, length, device=DEVICE) < 0.7
+    keep[..., -30:] = False
+    if kind == "hidden":
+        keep[1] = False
+    mask = keep
+    if kind == "float":
+        mask = torch.randn(keep.shape, device=DEVICE).masked_fill(~keep, float("-inf"))
+    check(resolved, inputs, (0, 2), key_mask=mask)
+
+
+@pytest.mark.parametrize("quant", ["fp8", "none"])
+def test_masks_per_head_and_empty_lists(quant):
+    resolved = resolved_plan((4, 8, 8), (2, 4, 4), 3, 0, quant=quant)
+    tiles = resolved.q_layout.n_tiles
+    visible = torch.rand(4, 4, tiles, tiles) < 0.4
+    visible[:, 1] = False
+    visible[:, :, 0] = False
+    check(resolved, draw(resolved, batch=2, heads=4, key_heads=1), (1, 3), block_mask=BlockMask.from_dense(visible))
+
+
+@pytest.mark.parametrize("scale", [-0.3, 0.0])
+def test_a_scale_that_is_not_positive(scale):
+    resolved = resolved_plan((2, 8, 8), (2, 8, 8), phases=PHASES[3:], quant="none")
+    check(resolved, draw(resolved), (0,), scale=scale)
+
+
+@pytest.mark.parametrize("granularity", ["tile", "subtile", "head", "tensor"])
+@pytest.mark.parametrize("masked", [False, True])
+def test_packed_operands_are_the_references_bit_for_bit(granularity, masked):
+    """Values and scales; the mean of K is the kernel's own sum, whose order differs, so the reference is told it."""
+    resolved = resolved_plan((3, 9, 9), (2, 8, 8), 0, 20, phases=(PhasePlan(density=1.0, granularity=granularity),),
+                             quant="fp8", smooth_k=False)  # fmt: skip
+    q, k, v = draw(resolved, torch.bfloat16, batch=2, dim=72, value_dim=64)
+    mask = torch.rand(2, 1, 1, k.shape[2], device=DEVICE) < 0.8 if masked else None
+    expected = quantize_attention(
+        *(x.cpu() for x in (q, k, v)), resolved.q_layout, resolved.k_layout, granularity, smooth_k=False,
+        key_mask=None if mask is None else mask.cpu(),
+    )  # fmt: skip
+    spec = triton.spec_of(q, k, v, mask, resolved)
+    tables = tables_of(resolved, q.device)
+    phase = torch.zeros(1, dtype=torch.int32, device=DEVICE)
+    with triton._launching(q.device):
+        packed = operands.pack(q, k, v, mask, phase, spec, tables, (granularity,), 0.3)
+    packed = operands.Packed(**{name: x if x is None else x.cpu() for name, x in vars(packed).items()})
+
+    slots = resolved.q_layout.slots(tile_slots(resolved.plan.tile, resolved.plan.block_n))
+    held = (slots >= 0).flatten()
+
+    def in_slots(x: torch.Tensor) -> torch.Tensor:
+        return x[:, :, slots.clamp(min=0).flatten()]
+
+    for ours, theirs, dim in ((packed.q, expected.q, 72), (packed.k, expected.k, 72)):
+        want = in_slots(theirs.values.view(torch.uint8)) * held[:, None]
+        assert torch.equal(ours.view(torch.uint8)[..., :dim], want)
+        assert not ours.view(torch.uint8)[..., dim:].any()
+    unpermuted = packed.v.view(torch.uint8).unflatten(-1, (-1, 4, 2, 2)).permute(0, 1, 2, 3, 5, 4, 6).flatten(3)
+    assert torch.equal(unpermuted.mT, in_slots(expected.v.values.view(torch.uint8)) * held[:, None])
+    assert torch.equal(packed.v_scale, expected.v.scales[:, :, 0])
+    for ours, theirs in ((packed.q_scale, expected.q), (packed.k_scale, expected.k)):
+        rows = ours.repeat_interleave(tables.slots // ours.shape[-1], dim=-1).flatten(2)
+        want = in_slots(theirs.token_scales().expand(2, 2, theirs.layout.length, 1))[..., 0]
+        assert torch.equal(rows[..., held], want[..., held])
+
+
+def test_the_mean_of_the_keys():
+    resolved = resolved_plan((3, 9, 9), (2, 8, 8), phases=PHASES[2:3], quant="fp8")
+    q, k, v = draw(resolved)
+    spec, tables = triton.spec_of(q, k, v, None, resolved), tables_of(resolved, q.device)
+    with triton._launching(q.device):
+        packed = operands.pack(q, k, v, None, torch.zeros(1, dtype=torch.int32, device=DEVICE), spec, tables, ("tile",), 0.3)
+    torch.testing.assert_close(packed.k_mean, k.mean(2), rtol=1e-6, atol=1e-6)
+    want = 0.3 * (q @ k.mean(2)[..., None])[..., 0]
+    token = tables.q_token.long()
+    torch.testing.assert_close(packed.lse_shift[..., token >= 0], want[..., token[token >= 0]], rtol=1e-5, atol=1e-5)
