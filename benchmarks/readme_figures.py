@@ -75,6 +75,45 @@ def compile_time(report: dict[str, Any]) -> list[Row]:
     ]
 
 
+def attention_gpu(report: dict[str, Any]) -> list[Row]:
+    """The FP8 kernels on a GPU: the best tile of each case and density."""
+    aims = {0.2: ">= 7.09x, >= 900 TFLOP/s", 0.1: ""}
+    peak = report["ceilings"]["fp8_tflops"]
+    out = []
+    for case in dict.fromkeys(row["case"] for row in report["rows"]):
+        for target in (0.2, 0.1):
+            rows = [
+                row
+                for row in report["rows"]
+                if row["case"] == case and "fp8" in row["kernel"] and 0.85 * target < row["density"] <= target
+            ]
+            best = max(rows, key=lambda row: row["speedup"])
+            tile = "x".join(map(str, best["tile"]))
+            figure = (
+                f"{best['speedup']:.2f}x ({best['ms']:.1f} ms, {best['pre_share']:.0%} of it the pre-pass); "
+                f"kept blocks {best['kept_tflops']:.0f} TFLOP/s, {best['kept_tflops'] / peak:.0%} of FP8 matmul"
+            )
+            what = f"{case}, density {best['density']:.2f}, tile {tile}: FP8 attention against the fastest bf16 SDPA"
+            out.append((what, figure, aims[target] if case == "Wan 14B 720p" else ""))
+    return out
+
+
+def model_gpu(report: dict[str, Any]) -> list[Row]:
+    """A whole transformer step on a GPU."""
+    aims = {"fps": ">= 2.6x", "fps, fp8 linears": ">= 4.96x"}
+    base = next(row for row in report["rows"] if row["variant"] == "inductor")
+    out = []
+    for row in report["rows"]:
+        if row is not base:
+            density = f"density {report['options']['density']:g}, " if "fps" in row["variant"] else ""
+            what = f"Wan {row['model']} {row['size']}, one step, {density}{row['variant']}, against Inductor in bf16"
+            figure = f"{row['speedup']:.2f}x ({base['ms'] / 1e3:.2f} s to {row['ms'] / 1e3:.2f} s)"
+            out.append((what, figure, aims.get(row["variant"], "")))
+    return out
+
+
+GPU_SECTIONS = {"attention_gpu": attention_gpu, "model_gpu": model_gpu}
+
 SECTIONS = {
     "attention_cpu": attention,
     "attention_cpu_cpp": generated,
@@ -85,19 +124,26 @@ SECTIONS = {
 
 def block(results: Path) -> str:
     """The generated Markdown, without its markers."""
+    cpu = "on a CPU", SECTIONS, "{threads} threads of {processor}, torch {torch}", "make bench"
+    gpu = "on a GPU", GPU_SECTIONS, "one {gpu}, torch {torch}, Triton {triton}", "benchmarks/gpu"
+    tables = [_table(results, *place) for place in (cpu, gpu)]
+    return "\n\n".join(table for table in tables if table) or "No benchmark has been run yet: `make bench`."
+
+
+def _table(results: Path, where: str, sections: dict[str, Any], machine: str, command: str) -> str:
+    """One table, or nothing where no result file is."""
     rows: list[Row] = []
     machines = set()
-    for name, section in SECTIONS.items():
+    for name, section in sections.items():
         path = results / f"{name}.json"
         if path.exists():
             report = json.loads(path.read_text())
             rows += section(report)
-            machine = report["machine"]
-            machines.add(f"{machine['threads']} threads of {machine['processor']}, torch {machine['torch']}")
+            machines.add(machine.format_map(report["machine"]))
     if not rows:
-        return "No benchmark has been run yet: `make bench`."
-    lines = ["| on a CPU | measured | aim |", "|---|---|---|", *(f"| {' | '.join(row)} |" for row in rows)]
-    return "\n".join([*lines, "", f"Measured on {'; '.join(sorted(machines))}. Regenerate with `make bench`."])
+        return ""
+    lines = [f"| {where} | measured | aim |", "|---|---|---|", *(f"| {' | '.join(row)} |" for row in rows)]
+    return "\n".join([*lines, "", f"Measured on {'; '.join(sorted(machines))}. Regenerate with `{command}`."])
 
 
 def fill(text: str, content: str) -> str:

@@ -19,6 +19,10 @@ if "PYTEST_XDIST_WORKER" in os.environ:
     torch.set_num_threads(1)
 os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
 
+# Triton's kernels run in its interpreter where there is no GPU. Read when triton is imported, so it is set before.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
 # The same examples in every run, and no wall-clock limit per example: CI machines stall.
 hypothesis.settings.register_profile("fps", deadline=None, derandomize=True, database=None)
 hypothesis.settings.load_profile("fps")

@@ -23,6 +23,9 @@ REGIONS = {"tile": 0, "head": 1, "tensor": 1, "subtile": 2}
 SPLIT_TOKENS = 1024
 """Tokens that one program of the statistics pass reads."""
 
+STATISTICS = {"N": 16, "num_warps": 8}
+"""Tokens at a time and warps of the statistics pass."""
+
 FP8_DTYPES = {"e4m3": torch.float8_e4m3fn, "e4m3fnuz": torch.float8_e4m3fnuz}
 
 
@@ -87,10 +90,10 @@ def pack(
     mean, v_scale = _statistics(module, k, v, visible, spec, dp, dvp)
 
     v8 = torch.empty(batch, key_heads, dvp, tables.k_slots, dtype=fp8, device=v.device)
-    columns = min(tables.slots, 128)
+    columns = min(tables.slots & -tables.slots, 128)  # a power of two that divides the tile
     module.quantize_values[(tables.k_slots // columns, key_heads, batch)](
         v, v_scale, tables.k_token, visible, v8, *v.stride(), key_heads, k_length, v.shape[-1], tables.k_slots,
-        HAS_VISIBLE=visible is not None, DVP=dvp, N=columns,
+        HAS_VISIBLE=visible is not None, DVP=dvp, N=columns, num_warps=4,
     )  # fmt: skip
 
     codes = [REGIONS[name] if name != "subtile" or tables.slots >= SUBTILE else 0 for name in granularities]
@@ -117,7 +120,7 @@ def _statistics(
     maxima = torch.empty(batch, key_heads, splits, dvp, device=k.device)
     module.key_statistics[(splits, batch * key_heads)](
         k, v, visible, sums, maxima, *k.stride(), *v.stride(), key_heads, length, k.shape[-1], v.shape[-1],
-        SPLIT_TOKENS, HAS_VISIBLE=visible is not None, DP=dp, DVP=dvp, N=32,
+        SPLIT_TOKENS, HAS_VISIBLE=visible is not None, DP=dp, DVP=dvp, **STATISTICS,
     )  # fmt: skip
     v_scale = _scale(maxima.amax(2), spec)
     if not spec.smooth_k:
@@ -175,7 +178,7 @@ def _tokens(
         heads, length, dim, tiles, len(granularities), per_sample, scale,
         HAS_MEAN=mean is not None, HAS_SHIFT=shift_mean is not None, HAS_VISIBLE=visible is not None,
         HAS_REDUCED=reduced is not None, GQA=spec.gqa_group, DP=dp,
-        num_warps=8 if int(module.ROWS.value) * dp > 16384 else 4,
+        num_warps=8 if int(module.ROWS.value) * dp >= render.HELD else 4,
     )  # fmt: skip
     return x8, scales, shift
 

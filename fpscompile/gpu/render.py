@@ -24,12 +24,18 @@ from typing import Any
 import jinja2
 import torch
 
-from fpscompile.gpu.config import KernelConfig
+from fpscompile.gpu.config import KernelConfig, rows_of
 from fpscompile.gpu.interpreter import interpreting
 from fpscompile.kernel_spec import KernelSpec
 from fpscompile.quant import SUBTILE
 
-TEMPLATES = ("quantize", "attention", "attention_backward")
+TEMPLATES = {
+    "quantize": "quantize.py.jinja",
+    "attention": "attention.py.jinja",
+    "attention_backward": "attention_backward.py.jinja",
+    "attention_hopper": "attention_hopper.py",  # Gluon: all of its structure is chosen by constexpr arguments
+}
+"""Name of a template to its file."""
 
 FP8_FORMATS = {
     # what Triton calls it, the largest finite value, and the largest power of two that P may be scaled by
@@ -37,8 +43,8 @@ FP8_FORMATS = {
     "e4m3fnuz": ("float8e4b8", 240.0, 7.0),
 }
 
-HELD = 256 * 128
-"""Values that one program of the pre-pass holds: 128 registers in each of 256 threads."""
+HELD = 128 * 128
+"""Most values that one program of the pre-pass holds: 64 registers in each of 256 threads."""
 
 log = logging.getLogger("fpscompile")
 _lock = threading.Lock()
@@ -55,8 +61,13 @@ def padded(dim: int) -> int:
 
 
 def held_rows(slots: int, dim: int) -> int:
-    """Slots of a tile that the pre-pass holds in registers at a time: a power of two that divides the tile."""
-    return min(slots & -slots, HELD // dim)
+    """Slots of a tile that the pre-pass holds in registers at a time: a power of two that divides the tile.
+
+    A tile is looked at twice, for its maximum and for its values, and the second look is served by the caches: programs
+    that hold half a tile, two or three to a multiprocessor, were faster on an H200 than programs that hold it all.
+    """
+    rows = min(slots & -slots, HELD // dim)
+    return rows // 2 if rows == slots and rows * dim > HELD // 2 else rows
 
 
 def render(template: str, spec: KernelSpec, config: KernelConfig | None = None) -> str:
@@ -71,11 +82,13 @@ def render(template: str, spec: KernelSpec, config: KernelConfig | None = None) 
 
 @functools.lru_cache(maxsize=512)
 def _render(template: str, spec: KernelSpec, config: KernelConfig | None) -> str:
+    if TEMPLATES[template].endswith(".py"):
+        return f"{header(template, spec, config)}\n{template_source(template)}"
     name, largest, shift = FP8_FORMATS[fp8_format(spec.target)]
     slots = spec.tile_slots
     subtile = spec.quant == "fp8" and "subtile" in spec.granularities and slots >= SUBTILE
     unit = min(slots, spec.block_n)
-    block_m = 0 if config is None else min(config.block_m, slots)
+    block_m = 0 if config is None else rows_of(config, spec)
     values: dict[str, Any] = {
         "header": header(template, spec, config),
         "slots": slots,
@@ -84,7 +97,9 @@ def _render(template: str, spec: KernelSpec, config: KernelConfig | None) -> str
         "runs": slots // SUBTILE if subtile else 1,
         "fp8": name,
         "fp8_max": largest,
-        "p_shift": min(math.log2(spec.p_scale), shift) if fp8_format(spec.target) != "e4m3" else math.log2(spec.p_scale),
+        "p_shift": math.log2(spec.p_scale)
+        if fp8_format(spec.target) == "e4m3"
+        else min(math.log2(spec.p_scale), shift),
         "quant": spec.quant == "fp8",
         "shifted": spec.quant == "fp8" and spec.smooth_k,
         "bias": spec.key_mask != "none",
@@ -111,7 +126,7 @@ def header(template: str, spec: KernelSpec, config: KernelConfig | None) -> str:
     fields = [
         ("spec", _line(dataclasses.asdict(spec))),
         ("config", "" if config is None else _line(dataclasses.asdict(config))),
-        ("template", f"triton/{template}.py.jinja sha256:{hashlib.sha256(source.encode()).hexdigest()[:16]}"),
+        ("template", f"triton/{TEMPLATES[template]} sha256:{hashlib.sha256(source.encode()).hexdigest()[:16]}"),
         ("versions", f"torch {torch.__version__}, triton {triton.__version__}"),
     ]
     lines = ["# Rendered by fpscompile."] + [f"# {name}: {value}" for name, value in fields if value]
@@ -122,7 +137,7 @@ def header(template: str, spec: KernelSpec, config: KernelConfig | None) -> str:
 def template_source(template: str) -> str:
     """Text of a template file."""
     folder = importlib.resources.files("fpscompile") / "templates" / "triton"
-    return (folder / f"{template}.py.jinja").read_text(encoding="utf-8")
+    return (folder / TEMPLATES[template]).read_text(encoding="utf-8")
 
 
 def load(template: str, spec: KernelSpec, config: KernelConfig | None = None) -> ModuleType:

@@ -32,6 +32,8 @@ class Units:
     """int32 [phases, 1 | heads, tiles, capacity]: ascending; entries past the count are 0."""
     valid: torch.Tensor
     """int32 [units]: tokens in each unit; they are its first slots."""
+    ragged: bool
+    """Whether some listed unit has fewer tokens than slots."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -103,11 +105,16 @@ def _units(visible: torch.Tensor, layout: TileLayout, slots: int, unit: int, dev
     valid = (layout.sizes()[:, None] - start).clamp(0, unit).flatten()
     listed = visible.repeat_interleave(per_tile, dim=-1) & (valid > 0)
     lists = BlockMask.from_dense(listed)
-    return Units(lists.kv_num_blocks.to(device), lists.kv_indices.to(device), valid.to(device, torch.int32))
+    return Units(
+        count=lists.kv_num_blocks.to(device),
+        index=lists.kv_indices.to(device),
+        valid=valid.to(device, torch.int32),
+        ragged=bool(((valid > 0) & (valid < unit)).any()),
+    )
 
 
 def row_blocks(layout: TileLayout, slots: int, block: int, device: torch.device) -> torch.Tensor:
-    """int32 [n, 3] on ``device``: (tile, first slot in the sequence, tokens) of every block of rows that holds a token."""
+    """int32 [n, 3] on ``device``: (tile, first slot of the sequence, tokens) of every block of rows with a token."""
     return _row_blocks(layout, slots, block, device)
 
 

@@ -7,7 +7,7 @@ A lowering is a module with two functions::
 
     q         [B, H, Lq, D], k [B, Hk, Lk, D], v [B, Hk, Lk, Dv], any strides, one dtype
     key_mask  None, or [B | 1, H | 1, 1, Lk] bool (True keeps), q's dtype or float32 (added to the scaled scores)
-    phases    one int per batch element; or, where the module says ``PHASES_ON_DEVICE = True``, the op's own int32 tensor
+    phases    one int per batch element; or the op's own int32 tensor, where the module says ``PHASES_ON_DEVICE = True``
     resolved  :class:`fpscompile.plan.ResolvedPlan`
     scale     float
     out       [B, H, Lq, Dv] in q's dtype, the transpose of a contiguous [B, Lq, H, Dv]

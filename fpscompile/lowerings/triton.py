@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import math
 
 import torch
 
@@ -21,6 +22,7 @@ from fpscompile.gpu.config import KernelConfig, default_config
 from fpscompile.gpu.interpreter import interpreting, repaired_interpreter
 from fpscompile.gpu.tables import Tables, row_blocks, tables_of
 from fpscompile.kernel_spec import KernelSpec
+from fpscompile.lowerings import gather
 from fpscompile.masks import BlockMask
 from fpscompile.plan import Plan, ResolvedPlan
 
@@ -96,7 +98,7 @@ def forward(
         raise UnsupportedError(f"lowering 'triton': {reason}; choose lowering='boxes' (or 'gather' with quant='fp8')")
     q, scale = _positive(q, scale)
     spec = spec_of(q, k, v, key_mask, resolved)
-    config = config or default_config(spec)
+    config = config or config_of(spec, q.device)
     batch, heads, length, _ = q.shape
     out = q.new_empty(batch, length, heads, v.shape[-1])
     lse = q.new_empty(batch, heads, length, dtype=torch.float32)
@@ -107,17 +109,26 @@ def forward(
     phase = _phase(phases, q.device)
     tables = tables_of(resolved, q.device, block_mask)
     with _launching(q.device):
+        bias = None if key_mask is None else operands.key_bias(key_mask, tables)
+        packed = None
         if spec.quant == "fp8":
             granularities = tuple(phase.granularity for phase in resolved.plan.phases)
             packed = operands.pack(q, k, v, key_mask, phase, spec, tables, granularities, scale)
-            inputs = (packed.q, packed.k, packed.v, out, lse)
-            inputs += (packed.q_scale, packed.k_scale, packed.v_scale, packed.lse_shift)
+        if config.variant == "hopper":
+            module = render.load("attention_hopper", spec, config)
+            module.launch(
+                packed, tables, row_blocks(resolved.q_layout, tables.slots, config.block_m, q.device), phase, out, lse,
+                scale, bias=bias, block_n=spec.block_n, p_shift=math.log2(spec.p_scale), ragged=tables.keys.ragged,
+                consumers=-(-config.block_m // 64), stages=config.num_stages or None,
+            )  # fmt: skip
         else:
-            inputs = (q, k, v, out, lse, tables.k_token, *q.stride(), *k.stride(), *v.stride())
-        if key_mask is not None:
-            bias = operands.key_bias(key_mask, tables)
-            inputs += (bias.bias, bias.state, *_strides(bias.bias), *_strides(bias.state))
-        _launch(spec, config, inputs, resolved, tables, phase, batch, heads, length, scale)
+            inputs: tuple[object, ...] = (q, k, v, out, lse, tables.k_token, *q.stride(), *k.stride(), *v.stride())
+            if packed is not None:
+                inputs = (packed.q, packed.k, packed.v, out, lse)
+                inputs += (packed.q_scale, packed.k_scale, packed.v_scale, packed.lse_shift)
+            if bias is not None:
+                inputs += (bias.bias, bias.state, *_strides(bias.bias), *_strides(bias.state))
+            _launch(spec, config, inputs, resolved, tables, phase, batch, heads, length, scale)
     return out.transpose(1, 2), lse
 
 
@@ -135,9 +146,20 @@ def backward(
     scale: float,
     block_mask: BlockMask | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Gradients of q, k and v; see :mod:`fpscompile.gpu.gradients`."""
+    """Gradients of q, k and v; see :mod:`fpscompile.gpu.gradients`.
+
+    With ``quant="fp8"`` on a GPU they come from :mod:`fpscompile.lowerings.gather`, which waits for the phase and is far
+    slower: the FP8 kernel for dq is right in the interpreter, but gave wrong values on an H200.
+    """
     from fpscompile.gpu import gradients
 
+    if resolved.plan.quant == "fp8" and q.device.type == "cuda":
+        given = phases.reshape(-1).tolist() if isinstance(phases, torch.Tensor) else list(phases)
+        each = tuple(given[b // (q.shape[0] // len(given))] for b in range(q.shape[0]))
+        return gather.backward(
+            grad_out, q, k, v, out, lse,
+            key_mask=key_mask, phases=each, resolved=resolved, scale=scale, block_mask=block_mask,
+        )  # fmt: skip
     return gradients.backward(
         grad_out, q, k, v, out, lse,
         key_mask=key_mask, phases=phases, resolved=resolved, scale=scale, block_mask=block_mask,
@@ -165,6 +187,16 @@ def _launch(
         keys.count.shape[1], keys.index.shape[-1], keys.count.shape[0], batch // phase.numel(), scale,
         num_warps=config.num_warps, num_stages=config.num_stages,
     )  # fmt: skip
+
+
+def config_of(spec: KernelSpec, device: torch.device) -> KernelConfig:
+    """The config where nothing has been tuned: on a Hopper GPU the warp-specialized kernel, wherever it can run."""
+    if device.type == "cuda" and spec.target == "cuda:90":
+        hopper = render.load("attention_hopper", spec)
+        if hopper.why_not(spec) is None:
+            rows = min(64 * hopper.default_consumers(spec.tile_slots), spec.tile_slots)
+            return KernelConfig(block_m=rows, num_warps=4, num_stages=0, variant="hopper")
+    return default_config(spec)
 
 
 def _strides(x: torch.Tensor) -> tuple[int, int]:
@@ -206,9 +238,7 @@ def spec_of(
 
 
 @functools.lru_cache(maxsize=256)
-def _spec(
-    target: str, dtype: str, head_dim: int, value_dim: int, plan: Plan, masked: bool, group: int
-) -> KernelSpec:
+def _spec(target: str, dtype: str, head_dim: int, value_dim: int, plan: Plan, masked: bool, group: int) -> KernelSpec:
     return KernelSpec(
         target=target,
         dtype=dtype,

@@ -1,4 +1,4 @@
-"""The Triton kernels against the gather lowering and the oracle, in Triton's interpreter or on a GPU where there is one.
+"""The Triton kernels against the gather lowering and the oracle, on a GPU or in Triton's interpreter.
 
 The two compute the same sums in another order: without quantization float32 rounding is all that may differ. With it
 a score that differs in its last bit may round P to the neighbouring E4M3 value.
@@ -68,7 +68,7 @@ def check(resolved: ResolvedPlan, inputs, phases, *, key_mask=None, block_mask=N
     assert torch.equal(lse == float("-inf"), empty)
     assert not out[empty].any()
     # A mean of K that differs in its last bit may round a value of K8 to its neighbour.
-    loose = 2e-2 if resolved.plan.quant == "fp8" else 2e-5 if q.dtype == torch.float32 else 2e-2
+    loose = 5e-2 if resolved.plan.quant == "fp8" else 2e-5 if q.dtype == torch.float32 else 2e-2
     torch.testing.assert_close(lse[~empty].double(), expected_lse[~empty].double(), rtol=1e-5, atol=loose)
 
 
@@ -91,7 +91,7 @@ def test_every_phase_on_ragged_grids_with_text(quant, grid, tile, before, after)
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("quant", ["fp8", "none"])
-@pytest.mark.parametrize(("dim", "value_dim"), [(96, 96), (128, 128), (72, 40)])
+@pytest.mark.parametrize(("dim", "value_dim"), [(32, 32), (96, 96), (128, 128), (72, 40)])
 def test_head_dims_and_dtypes(dtype, quant, dim, value_dim):
     resolved = resolved_plan((3, 9, 9), (2, 8, 8), 0, 9, phases=PHASES[2:3], quant=quant)
     check(resolved, draw(resolved, dtype, dim=dim, value_dim=value_dim), (0,))
@@ -123,6 +123,12 @@ def test_masks_per_head_and_empty_lists(quant):
     visible[:, 1] = False
     visible[:, :, 0] = False
     check(resolved, draw(resolved, batch=2, heads=4, key_heads=1), (1, 3), block_mask=BlockMask.from_dense(visible))
+
+
+def test_tiles_whose_slots_are_no_power_of_two():
+    """Three rounding blocks of 32 slots to a tile of 72 tokens, and 3 tiles of 96 slots in all."""
+    resolved = resolved_plan((2, 6, 18), (2, 6, 6), phases=PHASES[2:3], quant="fp8", block_n=32)
+    check(resolved, draw(resolved, dim=32, value_dim=32), (0,))
 
 
 @pytest.mark.parametrize("scale", [-0.3, 0.0])
@@ -174,7 +180,9 @@ def test_the_mean_of_the_keys():
     q, k, v = draw(resolved)
     spec, tables = triton.spec_of(q, k, v, None, resolved), tables_of(resolved, q.device)
     with triton._launching(q.device):
-        packed = operands.pack(q, k, v, None, torch.zeros(1, dtype=torch.int32, device=DEVICE), spec, tables, ("tile",), 0.3)
+        packed = operands.pack(
+            q, k, v, None, torch.zeros(1, dtype=torch.int32, device=DEVICE), spec, tables, ("tile",), 0.3
+        )
     torch.testing.assert_close(packed.k_mean, k.mean(2), rtol=1e-6, atol=1e-6)
     want = 0.3 * (q @ k.mean(2)[..., None])[..., 0]
     token = tables.q_token.long()

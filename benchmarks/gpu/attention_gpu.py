@@ -1,0 +1,240 @@
+"""The attention kernels on one GPU against every dense bf16 SDPA backend, FlexAttention and our own bf16 form.
+
+    python benchmarks/gpu/attention_gpu.py [--cases NAME ...] [--flex] [--json PATH]
+
+Medians of CUDA-event timings on random data. Quantization, smoothing, permutes and scatter are inside every figure of
+ours; "pre" is their share. Kept TFLOP/s count the query-key pairs of tokens that the mask keeps, nothing that padding
+adds. The ceilings (bf16 and FP8 matrix products, copy) are measured first, on the same machine, in the same run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+import triton.testing
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.functional import scaled_dot_product_attention
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from fpscompile.gpu import operands
+from fpscompile.gpu.tables import tables_of
+from fpscompile.lowerings import triton as lowering
+from fpscompile.plan import PhasePlan, Plan, ResolvedPlan, resolve
+
+Grid = tuple[int, int, int]
+
+
+@dataclass(frozen=True)
+class Case:
+    """One model's attention."""
+
+    grid: Grid
+    text: int
+    heads: int
+    dim: int
+    tiles: tuple[Grid, ...]
+    """The usual ones, and last one that fits the grid."""
+
+    @property
+    def length(self) -> int:
+        return math.prod(self.grid) + self.text
+
+
+USUAL = ((4, 4, 4), (2, 8, 8), (4, 8, 8), (6, 8, 8))
+CASES = {
+    "Wan 14B 720p": Case((21, 45, 80), 0, 40, 128, (*USUAL, (7, 9, 4))),
+    "Wan 14B 480p": Case((21, 30, 52), 0, 40, 128, ((4, 8, 8), (7, 6, 6))),
+    "Wan 1.3B 480p": Case((21, 30, 52), 0, 12, 128, ((4, 8, 8), (7, 6, 6))),
+    "HunyuanVideo 720p": Case((33, 45, 80), 256, 24, 128, ((4, 8, 8), (11, 9, 5), (3, 5, 16))),
+    "CogVideoX": Case((13, 30, 45), 226, 48, 64, ((4, 8, 8), (13, 2, 9))),
+}
+DETAILED = "Wan 14B 720p"
+"""The case that is measured at every density, and against FlexAttention."""
+DENSITIES = (1.0, 0.5, 0.2, 0.1, 0.05)
+
+
+def time_ms(call: Callable[[], object], budget_ms: int = 120) -> float:
+    return triton.testing.do_bench(call, warmup=30, rep=budget_ms, return_mode="median")
+
+
+def ceilings() -> dict[str, float]:
+    """Measured peaks: TFLOP/s of 8192^3 products, TB/s of a copy (read and written)."""
+    a, b = (torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+    a8, b8 = a.to(torch.float8_e4m3fn), b.to(torch.float8_e4m3fn).t().contiguous().t()
+    one = torch.ones((), device="cuda")
+    flop = 2 * 8192**3 / 1e9
+    buffer = torch.empty(1 << 32, dtype=torch.uint8, device="cuda")
+    return {
+        "bf16_tflops": flop / time_ms(lambda: a @ b),
+        "fp8_tflops": flop
+        / time_ms(lambda: torch._scaled_mm(a8, b8, one, one, out_dtype=torch.bfloat16, use_fast_accum=True)),
+        "copy_tbs": 2 * buffer.numel() / time_ms(buffer.clone) / 1e9,
+    }
+
+
+def draw(case: Case) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """q, k, v as a model leaves them: transposes of [B, L, H, D], bf16."""
+    shape = (1, case.length, case.heads, case.dim)
+    q, k, v = (torch.randn(shape, device="cuda", dtype=torch.bfloat16).transpose(1, 2) for _ in range(3))
+    return q, k, v
+
+
+def peers(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> dict[str, float]:
+    """ms of dense SDPA by backend; one that refuses is left out."""
+    found = {}
+    for backend in (SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION):
+        try:
+            with sdpa_kernel(backend):
+                found[backend.name] = time_ms(lambda: scaled_dot_product_attention(q, k, v), 300)
+        except RuntimeError as error:
+            print(f"  {backend.name}: {str(error)[:100]}")
+    return found
+
+
+def flex_ms(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, resolved: ResolvedPlan) -> float | None:
+    """FlexAttention with the same mask, tokens already in tile order and padded to whole blocks; None if it fails."""
+    from torch.nn.attention.flex_attention import BlockMask, flex_attention
+
+    tables = tables_of(resolved, q.device)
+    token = tables.q_token.long().clamp(min=0)
+    q, k, v = (x[:, :, token].contiguous() for x in (q, k, v))
+    valid = tables.q_token >= 0
+    keys = tables.keys
+    per_tile = tables.slots // 128
+    count = keys.count[0, 0].repeat_interleave(per_tile)[None, None]
+    index = keys.index[0, 0].repeat_interleave(per_tile, dim=0)[None, None].contiguous()
+    columns = index.new_zeros(*index.shape[:3], valid.numel() // 128)
+    columns[..., : index.shape[-1]] = index
+
+    def held(b: Any, h: Any, i: Any, j: Any) -> Any:
+        return valid[j]
+
+    compiled = torch.compile(flex_attention)
+    try:
+        mask = BlockMask.from_kv_blocks(count, columns, BLOCK_SIZE=128, mask_mod=held)
+        return time_ms(lambda: compiled(q, k, v, block_mask=mask))
+    except Exception as error:
+        print(f"  FlexAttention: {type(error).__name__} {str(error)[:200]}")
+        return None
+
+
+def error_against_float32(out: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor,
+                          resolved: ResolvedPlan) -> float:  # fmt: skip
+    """Relative L2 error of 512 rows of one head against float32 attention under the same mask."""
+    rows = torch.randperm(q.shape[2], device=q.device)[:512].sort().values
+    q_tile, k_tile = (_tile_of_token(layout, q.device) for layout in (resolved.q_layout, resolved.k_layout))
+    dense = resolved.block_mask.to_dense(resolved.k_layout.n_tiles)[0, 0].to(q.device)
+    scores = (q[0, 0, rows].float() @ k[0, 0].float().T) * q.shape[-1] ** -0.5
+    scores = scores.masked_fill(~dense[q_tile[rows]][:, k_tile], float("-inf"))
+    expected = scores.softmax(-1) @ v[0, 0].float()
+    return ((out[0, 0, rows].float() - expected).norm() / expected.norm()).item()
+
+
+def _tile_of_token(layout: Any, device: torch.device) -> torch.Tensor:
+    tiles = torch.repeat_interleave(torch.arange(layout.n_tiles), layout.sizes())
+    return torch.empty_like(tiles).scatter_(0, layout.order(), tiles).to(device)
+
+
+def rows_of(name: str, case: Case, *, flex: bool, densities: tuple[float, ...]) -> Iterator[dict[str, Any]]:
+    q, k, v = draw(case)
+    flop = 4 * case.length**2 * case.dim * case.heads
+    dense = peers(q, k, v)
+    fastest = min(dense.values())
+    for backend, ms in dense.items():
+        yield {"case": name, "kernel": backend, "density": 1.0, "ms": ms, "kept_tflops": flop / ms / 1e9,
+               "speedup": fastest / ms}  # fmt: skip
+    phase = torch.zeros(1, dtype=torch.int32, device="cuda")
+    scale = case.dim**-0.5
+    for tile in case.tiles:
+        for density in densities if name == DETAILED else (1.0, 0.2, 0.1):
+            for quant in ("fp8", "none"):
+                if quant == "none" and density not in (1.0, 0.2):
+                    continue
+                plan = Plan(tile=tile, phases=(PhasePlan(density=density),), clamp=True, quant=quant, lowering="triton")
+                resolved = resolve(plan, case.grid, case.length, case.length)
+                kept = resolved.densities[0]
+                config = lowering.config_of(lowering.spec_of(q, k, v, None, resolved), q.device)
+
+                def call(resolved: ResolvedPlan = resolved) -> torch.Tensor:
+                    return lowering.forward(q, k, v, key_mask=None, phases=phase, resolved=resolved, scale=scale)[0]
+
+                row: dict[str, Any] = {
+                    "case": name, "kernel": f"fps {quant} ({config.variant})", "tile": tile,
+                    "window": resolved.windows[0], "density": kept,
+                }  # fmt: skip
+                try:
+                    row["error"] = error_against_float32(call(), q, k, v, resolved)
+                    row["ms"] = time_ms(call)
+                except Exception as error:
+                    row["failed"] = f"{type(error).__name__}: {error}"[:300]
+                    yield row
+                    continue
+                row["pre_ms"] = 0.0
+                if quant == "fp8":
+                    spec, tables = lowering.spec_of(q, k, v, None, resolved), tables_of(resolved, q.device)
+                    row["pre_ms"] = time_ms(
+                        lambda spec=spec, tables=tables: operands.pack(
+                            q, k, v, None, phase, spec, tables, ("tile",), scale
+                        ),
+                        60,
+                    )
+                row["pre_share"] = row["pre_ms"] / row["ms"]
+                row["kept_tflops"] = flop * kept / (row["ms"] - row["pre_ms"]) / 1e9
+                row["speedup"] = fastest / row["ms"]
+                yield row
+                if flex and name == DETAILED and quant == "fp8" and density == 0.2 and tile == (4, 8, 8):
+                    ms = flex_ms(q, k, v, resolved)
+                    if ms is not None:
+                        yield {"case": name, "kernel": "FlexAttention bf16", "tile": tile, "density": kept, "ms": ms,
+                               "kept_tflops": flop * kept / ms / 1e9, "speedup": fastest / ms}  # fmt: skip
+
+
+def show(row: dict[str, Any], peak: float) -> None:
+    if "failed" in row:
+        print(f"{row['case']:18} {row['kernel']:20} {row['tile']!s:10} FAILED {row['failed']}", flush=True)
+        return
+    print(
+        f"{row['case']:18} {row['kernel']:20} {row.get('tile', '')!s:10} {row['density']:6.3f} {row['ms']:8.2f} ms "
+        f"{row['speedup']:6.2f}x {row['kept_tflops']:6.0f} TFLOP/s {row['kept_tflops'] / peak:5.0%} "
+        f"pre {row.get('pre_share', 0):4.0%} err {row.get('error', 0):.4f}",
+        flush=True,
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--cases", nargs="+", default=list(CASES))
+    parser.add_argument("--densities", nargs="+", type=float, default=list(DENSITIES))
+    parser.add_argument("--flex", action="store_true", help="also FlexAttention, at density 0.2")
+    parser.add_argument("--json", default=None)
+    options = parser.parse_args()
+    torch.manual_seed(0)
+    peaks = ceilings()
+    print("ceilings:", {name: round(value, 2) for name, value in peaks.items()}, flush=True)
+    machine = {"gpu": torch.cuda.get_device_name(), "torch": torch.__version__, "triton": triton.__version__}
+    report = {"benchmark": "attention_gpu", "machine": machine, "ceilings": peaks}
+    rows: list[dict[str, Any]] = []
+    for name in options.cases:
+        try:
+            for row in rows_of(name, CASES[name], flex=options.flex, densities=tuple(options.densities)):
+                rows.append(row)
+                show(row, peaks["fp8_tflops"])
+        except Exception as error:  # the other cases are worth having
+            print(f"{name}: {type(error).__name__}: {error}"[:400], flush=True)
+        torch.cuda.empty_cache()
+        if options.json:
+            Path(options.json).write_text(json.dumps(report | {"rows": rows}, indent=1))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,151 @@
+"""A whole Wan transformer step at true size on one GPU: eager, Inductor, fps, and fps with FP8 linear layers.
+
+    python benchmarks/gpu/model_gpu.py [--models 1.3B 14B] [--sizes 480p 720p] [--density 0.2] [--json PATH]
+
+Random weights, random latents, batch 1. Every variant compiles the repeated blocks (``compile_repeated_blocks``), so
+that all pay the same compile. Times are medians of CUDA-event timings; memory is the peak above the weights.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import statistics
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import torch
+import triton
+from torch._dynamo.utils import counters
+
+sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve().parents[2])]
+
+from fp8_linear import replace_linears
+
+import fpscompile
+from fpscompile.backend import fps  # by object: the package need not be installed
+
+MODELS = {
+    "1.3B": {"num_attention_heads": 12, "ffn_dim": 8960, "num_layers": 30},
+    "14B": {"num_attention_heads": 40, "ffn_dim": 13824, "num_layers": 40},
+}
+SIZES = {"480p": (21, 60, 104), "720p": (21, 90, 160)}
+
+
+def build(name: str, layers: int | None) -> torch.nn.Module:
+    config = dict(MODELS[name])
+    if layers:
+        config["num_layers"] = layers
+    torch.manual_seed(0)
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        with torch.device("cuda"):
+            model = diffusers.WanTransformer3DModel(
+                attention_head_dim=128, in_channels=16, out_channels=16, text_dim=4096, freq_dim=256,
+                cross_attn_norm=True, qk_norm="rms_norm_across_heads", rope_max_seq_len=1024, **config,
+            )  # fmt: skip
+    finally:
+        torch.set_default_dtype(torch.float32)
+    return model.eval().requires_grad_(False)
+
+
+def inputs(size: str) -> dict[str, Any]:
+    generator = torch.Generator("cuda").manual_seed(1)
+    return {
+        "hidden_states": torch.randn(1, 16, *SIZES[size], generator=generator, device="cuda", dtype=torch.bfloat16),
+        "timestep": torch.full((1,), 500.0, device="cuda"),
+        "encoder_hidden_states": torch.randn(1, 512, 4096, generator=generator, device="cuda", dtype=torch.bfloat16),
+        "return_dict": False,
+    }
+
+
+def measure(model: torch.nn.Module, arguments: dict[str, Any], rounds: int) -> tuple[torch.Tensor, dict[str, float]]:
+    start = time.perf_counter()
+    with torch.no_grad():
+        out = model(**arguments)[0]
+        torch.cuda.synchronize()
+        first = time.perf_counter() - start
+        torch.cuda.reset_peak_memory_stats()
+        weights = torch.cuda.memory_allocated()
+        times = []
+        for _ in range(rounds):
+            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            begin.record()
+            out = model(**arguments)[0]
+            end.record()
+            torch.cuda.synchronize()
+            times.append(begin.elapsed_time(end))
+    peak = torch.cuda.max_memory_allocated() - weights
+    return out, {"ms": statistics.median(times), "first_s": first, "peak_mib": peak / 2**20}
+
+
+def variant(
+    name: str, size: str, which: str, density: float, tile: tuple[int, int, int], rounds: int, layers: int | None
+) -> tuple[torch.Tensor, dict[str, Any]]:
+    torch._dynamo.reset()
+    counters.clear()
+    model = build(name, layers)
+    if which.endswith("fp8 linears"):
+        replace_linears(model.blocks)
+    attachment = None
+    if which.startswith("fps"):
+        attachment = fpscompile.attach(model)
+        options = {"tile": tile, "density": density, "quant": "none" if "bf16" in which else "fp8"}
+        model.compile_repeated_blocks(backend=fps, fullgraph=True, options=options)
+    elif which != "eager":
+        model.compile_repeated_blocks(backend="inductor", fullgraph=True)
+    out, row = measure(model, inputs(size), rounds)
+    row |= {"graphs": counters["stats"]["unique_graphs"], "model": name, "size": size, "variant": which}
+    if attachment is not None:
+        attachment.detach()
+    del model
+    gc.collect()
+    torch.cuda.empty_cache()
+    return out, row
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--models", nargs="+", default=list(MODELS))
+    parser.add_argument("--sizes", nargs="+", default=list(SIZES))
+    parser.add_argument(
+        "--variants", nargs="+", default=["inductor", "inductor, fp8 linears", "fps", "fps, fp8 linears"]
+    )
+    parser.add_argument("--density", type=float, default=0.2)
+    parser.add_argument("--tile", type=int, nargs=3, default=(7, 9, 4))
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--layers", type=int, default=None)
+    parser.add_argument("--json", default=None)
+    options = parser.parse_args()
+    rows = []
+    for name in options.models:
+        for size in options.sizes:
+            base = None
+            for which in options.variants:
+                try:
+                    out, row = variant(
+                        name, size, which, options.density, tuple(options.tile), options.rounds, options.layers
+                    )
+                except Exception as error:
+                    print(name, size, which, "failed:", type(error).__name__, str(error)[:600], flush=True)
+                    torch.cuda.empty_cache()
+                    continue
+                if which == "inductor":
+                    base = (row["ms"], out)
+                if base is not None:
+                    row["speedup"] = base[0] / row["ms"]
+                    row["difference"] = ((out.float() - base[1].float()).norm() / base[1].float().norm()).item()
+                rows.append(row)
+                print({key: round(x, 3) if isinstance(x, float) else x for key, x in row.items()}, flush=True)
+    if options.json:
+        machine = {"gpu": torch.cuda.get_device_name(), "torch": torch.__version__, "triton": triton.__version__}
+        report = {"benchmark": "model_gpu", "machine": machine, "options": vars(options), "rows": rows}
+        Path(options.json).write_text(json.dumps(report, indent=1))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,843 @@
+# ruff: noqa: N803, E741, SIM102 (compile-time values are capitals; l is the field's name; one `if` per kind of value)
+"""FP8 block-sparse attention, forward, for Hopper (sm_90a): Gluon, warp-specialized.
+
+One program owns 64 query slots per consumer, of one tile of one head; tiles of 128 slots and more have two consumers,
+or three. Its threads have roles, which meet only at mbarriers in shared memory:
+
+    producer    one warp. Walks the list of key units and loads K and V tiles with TMA into two rings of STAGES slots.
+    consumer i  four warps (a warpgroup), query rows 64 i .. 64 i + 63
+
+A consumer handles block j of its list so (* goes on in the background; with OVERLAP)::
+
+    S_j = Q K_j^T *                   the tensor cores take both products, in this order
+    pv  = P_{j-1} V_{j-1} *
+    m_j, P_j = softmax(S_j)           while pv is still running
+    acc = acc * alpha_{j-1} + pv      float32; every product starts from zero, since FP8 products keep about 14 bits
+    P_j to E4M3                       registers only: the keys of V are stored in the order in which S comes out
+
+With PINGPONG the two consumers take turns at issuing products, so that one's softmax runs under the other's products.
+
+Symbols
+    H, Hk       query heads, key heads                    BLOCK_N  key slots per block
+    DP, DVP     head dims padded to a power of two        TILE     slots of a tile, tokens first, padding last
+    UNIT        slots that one list entry names           P_SHIFT  log2 of the factor on P before its cast
+    PART        columns of a block that share a unit and a scale; PART == BLOCK_N: one factor for the whole block
+    RUNS        scales of a tile: 1, or one for each 32 slots
+    q_slots, k_slots, q_tiles, k_tiles                    of the whole sequences
+    m, l        running maximum of the scores (base 2) and sum of the weights; acc: weighted sum of values
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    tma,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+LOG2E = gl.constexpr(1.4426950408889634)
+LN2 = gl.constexpr(0.6931471805599453)
+ROWS = gl.constexpr(64)
+"""Query rows of a consumer: the M of a warpgroup's products."""
+SUBTILE = gl.constexpr(32)
+"""Slots that share a scale where a tile has several."""
+ABSENT = gl.constexpr(2)
+"""State of the bias of a part that has no unit."""
+
+
+# --------------------------------------------------------------------------------------------------- barriers, loads
+
+
+@gluon.jit
+def _next_slot(slot, phase, STAGES: gl.constexpr):
+    """The ring's next slot; the phase flips whenever the ring wraps around."""
+    wrapped = slot == STAGES - 1
+    return gl.where(wrapped, 0, slot + 1), gl.where(wrapped, phase ^ 1, phase)
+
+
+@gluon.jit
+def _producer(
+    q_desc, k_desc, v_desc, shared, unit_list, n_units, q_row, k_row, v_row,
+    STAGES: gl.constexpr, UNIT: gl.constexpr, BLOCK_N: gl.constexpr, CONSUMERS: gl.constexpr,
+):  # fmt: skip
+    ENTRIES: gl.constexpr = BLOCK_N // UNIT
+    q_smem, k_smem, v_smem, q_full, k_full, v_full, free, _turn = shared
+    if n_units > 0:  # else the program would end with a load under way
+        mbarrier.expect(q_full, CONSUMERS * q_desc.block_type.nbytes)
+        for w in gl.static_range(CONSUMERS):
+            tma.async_copy_global_to_shared(q_desc, [q_row + w * ROWS, 0], q_full, q_smem.index(w))
+        slot = 0
+        phase = 1  # a fresh barrier passes for one that has completed the phase before its first
+        last = n_units - 1
+        if ENTRIES == 1:
+            unit = gl.load(unit_list)
+            for j in range(n_units):
+                following = gl.load(unit_list + gl.minimum(j + 1, last))
+                mbarrier.wait(free.index(slot), phase)
+                k_bar = k_full.index(slot)
+                mbarrier.expect(k_bar, k_desc.block_type.nbytes)
+                tma.async_copy_global_to_shared(k_desc, [k_row + unit * UNIT, 0], k_bar, k_smem.index(slot))
+                v_bar = v_full.index(slot)
+                mbarrier.expect(v_bar, v_desc.block_type.nbytes)
+                tma.async_copy_global_to_shared(v_desc, [v_row, unit * UNIT], v_bar, v_smem.index(slot))
+                slot, phase = _next_slot(slot, phase, STAGES)
+                unit = following
+        else:
+            # A swizzled row of V is as long as a unit: a slot holds its units one after the other, as K's slot does.
+            k_units = k_smem._reinterpret(k_desc.dtype, [STAGES * ENTRIES, UNIT, k_smem.shape[2]], k_desc.layout)
+            v_units = v_smem._reinterpret(v_desc.dtype, [STAGES * ENTRIES, v_smem.shape[1], UNIT], v_desc.layout)
+            for j in range(gl.cdiv(n_units, ENTRIES)):
+                # Past the list's end the last unit comes again: masked, but it must hold numbers, since 0 * nan = nan.
+                mbarrier.wait(free.index(slot), phase)
+                k_bar = k_full.index(slot)
+                mbarrier.expect(k_bar, ENTRIES * k_desc.block_type.nbytes)
+                for e in gl.static_range(ENTRIES):
+                    row = k_row + gl.load(unit_list + gl.minimum(j * ENTRIES + e, last)) * UNIT
+                    tma.async_copy_global_to_shared(k_desc, [row, 0], k_bar, k_units.index(slot * ENTRIES + e))
+                v_bar = v_full.index(slot)
+                mbarrier.expect(v_bar, ENTRIES * v_desc.block_type.nbytes)
+                for e in gl.static_range(ENTRIES):
+                    column = gl.load(unit_list + gl.minimum(j * ENTRIES + e, last)) * UNIT
+                    tma.async_copy_global_to_shared(v_desc, [v_row, column], v_bar, v_units.index(slot * ENTRIES + e))
+                slot, phase = _next_slot(slot, phase, STAGES)
+
+
+# -------------------------------------------------------------------------------------------------- one block of keys
+
+
+@gluon.jit
+def _start_scores(q, k, S_LAYOUT: gl.constexpr, BLOCK_N: gl.constexpr):
+    """Starts q @ k^T, [ROWS, BLOCK_N]."""
+    zero = gl.zeros([ROWS, BLOCK_N], gl.float32, S_LAYOUT)
+    return warpgroup_mma(q, k.permute([1, 0]), zero, use_acc=False, is_async=True)
+
+
+@gluon.jit
+def _start_values(packed, v, O_LAYOUT: gl.constexpr, BLOCK_N: gl.constexpr, DVP: gl.constexpr):
+    """Starts P @ V from zero, [ROWS, DVP].
+
+    V's key 16g + 8a + 2c + b is at position 16g + 4c + 2a + b: lane c of a quad holds its weight after the scores'
+    product and must supply it to this one, so the layout conversion renames registers only.
+    """
+    low = gl.join(packed.to(gl.int8), (packed >> 8).to(gl.int8))
+    high = gl.join((packed >> 16).to(gl.int8), (packed >> 24).to(gl.int8))
+    p = gl.permute(gl.join(low, high), [0, 1, 2, 4, 3])
+    p = gl.reshape(p, [ROWS, BLOCK_N]).to(gl.float8e4nv, bitcast=True)
+    p = gl.convert_layout(p, gl.DotOperandLayout(0, O_LAYOUT, 4), assert_trivial=True)
+    zero = gl.zeros([ROWS, DVP], gl.float32, O_LAYOUT)
+    return warpgroup_mma(p, v.permute([1, 0]), zero, use_acc=False, is_async=True)
+
+
+@gluon.jit
+def _pack(p, BLOCK_N: gl.constexpr):
+    """E4M3 weights, four to an int32: [ROWS, BLOCK_N] float32 -> [ROWS, BLOCK_N // 16, 4].
+
+    Key 16g + 8a + 2c + b goes to byte 2a + b of element (g, c), whose thread holds it already. Loops carry integers,
+    since a carried E4M3 tensor would be taken apart into bytes.
+    """
+    p = gl.permute(gl.reshape(p, [ROWS, BLOCK_N // 16, 2, 4, 2]), [0, 1, 3, 4, 2])
+    low, high = gl.split(p)
+    p00, p01 = gl.split(low)
+    p10, p11 = gl.split(high)
+    # Not pure, so that it stays behind the wait for the product that reads the registers it overwrites.
+    return gl.inline_asm_elementwise(
+        "{ .reg .b16 lo, hi; cvt.rn.satfinite.e4m3x2.f32 lo, $2, $1; cvt.rn.satfinite.e4m3x2.f32 hi, $4, $3; "
+        "mov.b32 $0, {lo, hi}; }",
+        "=r,f,f,f,f",
+        [p00, p01, p10, p11],
+        dtype=gl.int32,
+        is_pure=False,
+        pack=1,
+    )
+
+
+@gluon.constexpr_function
+def _axis_layout(axis, layout, rank):
+    """The layout of one axis of a tensor."""
+    for other in reversed(range(rank)):
+        if other != axis:
+            layout = gl.SliceLayout(other, layout)
+    return layout
+
+
+@gluon.jit
+def _along(x, AXIS: gl.constexpr, RANK: gl.constexpr):
+    """A vector as one axis of a tensor of higher rank, whose other axes have length 1."""
+    for other in gl.static_range(RANK):
+        if other != AXIS:
+            x = gl.expand_dims(x, other)
+    return x
+
+
+@gluon.jit
+def _axis(SIZE: gl.constexpr, AXIS: gl.constexpr, LAYOUT: gl.constexpr, RANK: gl.constexpr):
+    """The index along one axis, to be broadcast against a tensor of that rank."""
+    return _along(gl.arange(0, SIZE, _axis_layout(AXIS, LAYOUT, RANK)), AXIS, RANK)
+
+
+@gluon.jit
+def _mask(s, valid, S_LAYOUT: gl.constexpr, BLOCK_N: gl.constexpr):
+    """-inf from column ``valid`` on. Column 8i + 2c + b is in lane c of a quad: 8i + b < valid - 2c takes one register
+    and constants."""
+    split = gl.reshape(s, [ROWS, BLOCK_N // 8, 4, 2])
+    LAYOUT: gl.constexpr = split.type.layout
+    limit = valid - 2 * _axis(4, 2, LAYOUT, 4)
+    split = gl.where(8 * _axis(BLOCK_N // 8, 1, LAYOUT, 4) + _axis(2, 3, LAYOUT, 4) < limit, split, float("-inf"))
+    return gl.convert_layout(gl.reshape(split, [ROWS, BLOCK_N]), S_LAYOUT, assert_trivial=True)
+
+
+@gluon.jit
+def _mask_tail(s, valid, S_LAYOUT: gl.constexpr, BLOCK_N: gl.constexpr):
+    """:func:`_mask` where only the last 16 columns may be past ``valid``: an eighth of its instructions."""
+    a0, a1 = _halves(s)
+    b0, b1 = _halves(a1)
+    c0, c1 = _halves(b1)
+    split = gl.reshape(c1, [ROWS, 2, 4, 2])
+    LAYOUT: gl.constexpr = split.type.layout
+    limit = valid - (BLOCK_N - 16) - 2 * _axis(4, 2, LAYOUT, 4)
+    split = gl.where(8 * _axis(2, 1, LAYOUT, 4) + _axis(2, 3, LAYOUT, 4) < limit, split, float("-inf"))
+    tail = _whole(a0, _whole(b0, _whole(c0, gl.reshape(split, [ROWS, 16]))))
+    return gl.convert_layout(tail, S_LAYOUT, assert_trivial=True)
+
+
+@gluon.jit
+def _halves(x):
+    """The left and the right half of the columns; both lie in every thread's registers."""
+    HALF: gl.constexpr = x.shape[1] // 2
+    return gl.split(gl.permute(gl.reshape(x, [ROWS, 2, HALF]), [0, 2, 1]))
+
+
+@gluon.jit
+def _whole(left, right):
+    """The inverse of :func:`_halves`."""
+    LAYOUT: gl.constexpr = left.type.layout
+    joined = gl.join(left, gl.convert_layout(right, LAYOUT, assert_trivial=True))
+    return gl.reshape(gl.permute(joined, [0, 2, 1]), [ROWS, 2 * left.shape[1]])
+
+
+@gluon.jit
+def _row_maxima(s, S_LAYOUT: gl.constexpr, BLOCK_N: gl.constexpr):
+    """[ROWS]: pairs first, then a thread's run of pairs, then the quad: half as long a chain as column after column."""
+    lanes = gl.max(gl.max(gl.reshape(s, [ROWS, BLOCK_N // 8, 4, 2]), 3), 1)
+    return gl.convert_layout(gl.max(lanes, 1), gl.SliceLayout(1, S_LAYOUT), assert_trivial=True)
+
+
+@gluon.jit
+def _lane_sums(p, BLOCK_N: gl.constexpr):
+    """[ROWS, 4]: the part of each row's sum that a lane of its quad holds, so that no value leaves its thread."""
+    return gl.sum(gl.sum(gl.reshape(p, [ROWS, BLOCK_N // 8, 4, 2]), 3), 1)
+
+
+@gluon.jit
+def _add_bias(s, key_bias, unit, inverse, S_LAYOUT: gl.constexpr, BLOCK_N: gl.constexpr):
+    """Scores that are not scaled yet plus the unit's bias times ``inverse`` (log2(e) / factor)."""
+    column = gl.arange(0, BLOCK_N, gl.SliceLayout(0, S_LAYOUT))
+    return s + (gl.load(key_bias + unit * BLOCK_N + column) * inverse)[None, :]
+
+
+@gluon.jit
+def _in_parts(s, BLOCK_N: gl.constexpr, PART: gl.constexpr):
+    """[ROWS, BLOCK_N] as [ROWS, parts, PART // 8, 4, 2]: column 8i + 2c + b of part n is (n, i, c, b), in lane c of a
+    quad."""
+    return gl.reshape(s, [ROWS, BLOCK_N // PART, PART // 8, 4, 2])
+
+
+@gluon.jit
+def _mask_parts(s, valid, PART: gl.constexpr, UNIT: gl.constexpr):
+    """-inf from slot ``valid`` of each unit on; ``valid`` is a number or [1, parts, 1, 1, 1]."""
+    LAYOUT: gl.constexpr = s.type.layout
+    limit = valid - _axis(s.shape[1], 1, LAYOUT, 5) * PART % UNIT - 2 * _axis(4, 3, LAYOUT, 5)
+    return gl.where(8 * _axis(PART // 8, 2, LAYOUT, 5) + _axis(2, 4, LAYOUT, 5) < limit, s, float("-inf"))
+
+
+@gluon.jit
+def _bias_parts(
+    s, key_bias, unit, state, factor, BLOCK_N: gl.constexpr, PART: gl.constexpr, UNIT: gl.constexpr
+):  # fmt: skip
+    """As :func:`_add_bias`, in parts; -inf in parts whose ``state`` is ABSENT."""
+    LAYOUT: gl.constexpr = s.type.layout
+    slot = unit * UNIT + _axis(s.shape[1], 1, LAYOUT, 5) * PART % UNIT
+    slot += 8 * _axis(PART // 8, 2, LAYOUT, 5) + 2 * _axis(4, 3, LAYOUT, 5) + _axis(2, 4, LAYOUT, 5)
+    bias = gl.load(key_bias + slot)
+    if UNIT < BLOCK_N:
+        bias = gl.where(state == ABSENT, float("-inf"), bias)
+    return s + bias * (LOG2E / factor)
+
+
+@gluon.jit
+def _max_parts(s, factor):
+    """Row maxima of s * factor, [ROWS], for positive factors: a thread scales the maxima of its parts alone."""
+    top = gl.expand_dims(gl.expand_dims(gl.max(gl.max(s, 4), 2), 2), 4) * factor
+    return gl.max(gl.max(gl.max(gl.max(top, 4), 2), 1), 1)
+
+
+@gluon.jit
+def _facts(
+    unit, j, n_units, notes, q_factor, LAYOUT: gl.constexpr, BLOCK_N: gl.constexpr, UNIT: gl.constexpr,
+    PART: gl.constexpr, UNITS_PER_TILE: gl.constexpr, RAGGED: gl.constexpr, BIAS: gl.constexpr,
+):  # fmt: skip
+    """(factor, valid) of block ``j``, as :func:`_softmax` takes them; ``unit`` is from :func:`_unit`."""
+    k_scale, unit_valid, bias_state, _key_bias = notes
+    if PART == BLOCK_N:
+        factor = q_factor * gl.load(k_scale + unit // UNITS_PER_TILE)
+    else:
+        part = _axis(BLOCK_N // PART, 1, LAYOUT, 5)
+        factor = q_factor * gl.load(k_scale + unit * (UNIT // PART) + part % (UNIT // PART))
+    if UNIT < BLOCK_N:
+        entry = j * (BLOCK_N // UNIT) + _axis(BLOCK_N // PART, 1, LAYOUT, 5) * PART // UNIT
+        if BIAS:
+            valid = gl.where(entry < n_units, gl.load(bias_state + unit).to(gl.int32), ABSENT)
+        else:
+            valid = gl.where(entry < n_units, gl.load(unit_valid + unit), 0)
+    elif BIAS:
+        valid = gl.load(bias_state + unit)
+    elif RAGGED:
+        valid = gl.load(unit_valid + unit)
+    else:
+        valid = BLOCK_N
+    return factor, valid
+
+
+@gluon.jit
+def _unit(unit_list, j, last, LAYOUT: gl.constexpr, BLOCK_N: gl.constexpr, UNIT: gl.constexpr, PART: gl.constexpr):
+    """The unit of block ``j``, or of each of its parts, [1, parts, 1, 1, 1]; past the list's end the last one."""
+    if UNIT == BLOCK_N:
+        entry = j
+    else:
+        entry = j * (BLOCK_N // UNIT) + _axis(BLOCK_N // PART, 1, LAYOUT, 5) * PART // UNIT
+    return gl.load(unit_list + gl.minimum(entry, last))
+
+
+@gluon.jit
+def _softmax(
+    s, m, l, factor, valid, unit, notes, S_LAYOUT: gl.constexpr, BLOCK_N: gl.constexpr, UNIT: gl.constexpr,
+    PART: gl.constexpr, P_SHIFT: gl.constexpr, RAGGED: gl.constexpr, BIAS: gl.constexpr,
+):  # fmt: skip
+    """One step of the online softmax.
+
+    Args:
+        s: [ROWS, BLOCK_N] float32, q8 @ k8^T.
+        m: [ROWS] running maximum.
+        l: [ROWS, 4] running sums of the weights times 2^P_SHIFT, per lane.
+        factor: scale * q_scale * k_scale * log2(e): a number, or [ROWS | 1, parts, 1, 1, 1].
+        valid: keys of the block that exist, at least one; with BIAS, 0 if its bias is all zeros. Where a block has
+            several units: this for each part, [1, parts, 1, 1, 1], and 0 or ABSENT past the end of the list.
+        unit: the block's unit, or those of its parts; used with BIAS.
+
+    Returns:
+        The weights times 2^P_SHIFT (float32), m, l, and what earlier accumulations must be multiplied by, [ROWS].
+    """
+    key_bias = notes[3]
+    if PART == BLOCK_N:
+        if BIAS:
+            if valid != 0:
+                s = _add_bias(s, key_bias, unit, LOG2E / factor, S_LAYOUT, BLOCK_N)
+        elif RAGGED:
+            if valid < BLOCK_N:
+                if valid >= BLOCK_N - 16:
+                    s = _mask_tail(s, valid, S_LAYOUT, BLOCK_N)
+                else:
+                    s = _mask(s, valid, S_LAYOUT, BLOCK_N)
+        top = _row_maxima(s, S_LAYOUT, BLOCK_N) * factor
+    else:
+        s = _in_parts(s, BLOCK_N, PART)
+        if UNIT < BLOCK_N:
+            units = gl.reshape(valid, [BLOCK_N // PART])
+            if BIAS:
+                if gl.max(units, 0) != 0:
+                    s = _bias_parts(s, key_bias, unit, valid, factor, BLOCK_N, PART, UNIT)
+            elif gl.min(units, 0) < UNIT:
+                s = _mask_parts(s, valid, PART, UNIT)
+        elif BIAS:
+            if valid != 0:
+                s = _bias_parts(s, key_bias, unit, valid, factor, BLOCK_N, PART, UNIT)
+        elif RAGGED:
+            if valid < BLOCK_N:
+                s = _mask_parts(s, valid, PART, UNIT)
+        top = gl.convert_layout(_max_parts(s, factor), m.type.layout, assert_trivial=True)
+    m_new = gl.maximum(m, top)
+    base = m_new
+    if BIAS:  # a row may have seen no key yet
+        base = gl.where(m_new == float("-inf"), 0.0, m_new)
+    alpha = gl.exp2(m - base)
+    if PART == BLOCK_N:
+        p = gl.exp2(s * factor - (base - P_SHIFT)[:, None])
+    else:
+        shift = gl.convert_layout(base - P_SHIFT, _axis_layout(0, s.type.layout, 5), assert_trivial=True)
+        p = gl.exp2(s * factor - _along(shift, 0, 5))
+        p = gl.convert_layout(gl.reshape(p, [ROWS, BLOCK_N]), S_LAYOUT, assert_trivial=True)
+    part = _lane_sums(p, BLOCK_N)
+    l_alpha = gl.convert_layout(alpha, gl.SliceLayout(1, part.type.layout), assert_trivial=True)
+    return p, m_new, l * gl.expand_dims(l_alpha, 1) + part, alpha
+
+
+@gluon.jit
+def _add(acc, alpha, pv, O_LAYOUT: gl.constexpr):
+    """acc * alpha + pv, row by row."""
+    return acc * gl.convert_layout(alpha, gl.SliceLayout(1, O_LAYOUT), assert_trivial=True)[:, None] + pv
+
+
+# ---------------------------------------------------------------------------------------------------- the consumers
+
+
+@gluon.jit
+def _consumer(
+    shared, operands, WHO: gl.constexpr, BLOCK_N: gl.constexpr, UNIT: gl.constexpr, PART: gl.constexpr,
+    RUNS: gl.constexpr, DVP: gl.constexpr, DV: gl.constexpr, ALIGN: gl.constexpr, UNITS_PER_TILE: gl.constexpr,
+    P_SHIFT: gl.constexpr, RAGGED: gl.constexpr, BIAS: gl.constexpr, STAGES: gl.constexpr, OVERLAP: gl.constexpr,
+    PINGPONG: gl.constexpr,
+):  # fmt: skip
+    q_smem, k_smem, v_smem, q_full, k_full, v_full, free, turn = shared
+    unit_list, n_units, notes, q_scale, q_factor, outputs = operands
+    v_scale, lse_shift, q_token, rows, out, out_stride, lse = outputs
+    S_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, 32])
+    O_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, DVP, 32])
+    q = q_smem.index(WHO)
+    m = gl.full([ROWS], float("-inf"), gl.float32, gl.SliceLayout(1, S_LAYOUT))
+    l = _lane_sums(gl.zeros([ROWS, BLOCK_N], gl.float32, S_LAYOUT), BLOCK_N)
+    acc = gl.zeros([ROWS, DVP], gl.float32, O_LAYOUT)
+    PARTS: gl.constexpr = _in_parts(gl.zeros([ROWS, BLOCK_N], gl.float32, S_LAYOUT), BLOCK_N, PART).type.layout
+
+    if n_units > 0:
+        if RUNS == 1:
+            row_factor = q_factor
+        else:
+            row_factor = q_factor * gl.load(q_scale + (WHO * ROWS + _axis(ROWS, 0, PARTS, 5)) // SUBTILE)
+        # A block's unit is read two blocks ahead, what belongs to the unit at the start of the block.
+        blocks = gl.cdiv(n_units, BLOCK_N // UNIT)
+        last = n_units - 1
+        unit = _unit(unit_list, 0, last, PARTS, BLOCK_N, UNIT, PART)
+        next_unit = _unit(unit_list, 1, last, PARTS, BLOCK_N, UNIT, PART)
+        factor, valid = _facts(
+            unit, 0, n_units, notes, row_factor, PARTS, BLOCK_N, UNIT, PART, UNITS_PER_TILE, RAGGED, BIAS
+        )  # fmt: skip
+
+        mbarrier.wait(q_full, 0)
+        mbarrier.wait(k_full.index(0), 0)
+        if PINGPONG:
+            mbarrier.wait(turn.index(WHO), 0)
+        s = _start_scores(q, k_smem.index(0), S_LAYOUT, BLOCK_N)
+        if PINGPONG:
+            mbarrier.arrive(turn.index(1 - WHO), count=1)
+        s = warpgroup_mma_wait(0, deps=(s,))
+        p, m, l, alpha = _softmax(
+            s, m, l, factor, valid, unit, notes, S_LAYOUT, BLOCK_N, UNIT, PART, P_SHIFT, RAGGED, BIAS
+        )  # fmt: skip
+        packed = _pack(p, BLOCK_N)
+        mbarrier.wait(v_full.index(0), 0)
+
+        # Here V_{j-1} is in v_slot, loaded; K_j is expected in k_slot.
+        v_slot = 0
+        k_slot, k_phase = _next_slot(0, 0, STAGES)
+        turn_phase = 1
+        for j in range(1, blocks):
+            unit = next_unit
+            factor, valid = _facts(
+                unit, j, n_units, notes, row_factor, PARTS, BLOCK_N, UNIT, PART, UNITS_PER_TILE, RAGGED, BIAS
+            )  # fmt: skip
+            next_unit = _unit(unit_list, j + 1, last, PARTS, BLOCK_N, UNIT, PART)
+            if not OVERLAP:
+                pv = _start_values(packed, v_smem.index(v_slot), O_LAYOUT, BLOCK_N, DVP)
+                acc = _add(acc, alpha, warpgroup_mma_wait(0, deps=(pv,)), O_LAYOUT)
+                mbarrier.arrive(free.index(v_slot), count=1)
+            mbarrier.wait(k_full.index(k_slot), k_phase)
+            if PINGPONG:
+                mbarrier.wait(turn.index(WHO), turn_phase)
+            s = _start_scores(q, k_smem.index(k_slot), S_LAYOUT, BLOCK_N)
+            if OVERLAP:
+                pv = _start_values(packed, v_smem.index(v_slot), O_LAYOUT, BLOCK_N, DVP)
+            if PINGPONG:
+                mbarrier.arrive(turn.index(1 - WHO), count=1)
+            s = warpgroup_mma_wait(1 if OVERLAP else 0, deps=(s,))
+            next_alpha = alpha
+            p, m, l, alpha = _softmax(
+                s, m, l, factor, valid, unit, notes, S_LAYOUT, BLOCK_N, UNIT, PART, P_SHIFT, RAGGED, BIAS
+            )  # fmt: skip
+            # For the next block; here because its branch keeps the assembler from moving the wait for pv, and all that
+            # follows it, up into the softmax.
+            mbarrier.wait(v_full.index(k_slot), k_phase)
+            if OVERLAP:
+                acc = _add(acc, next_alpha, warpgroup_mma_wait(0, deps=(pv,)), O_LAYOUT)
+                mbarrier.arrive(free.index(v_slot), count=1)
+            packed = _pack(p, BLOCK_N)
+            v_slot = k_slot
+            k_slot, k_phase = _next_slot(k_slot, k_phase, STAGES)
+            turn_phase ^= 1
+
+        pv = _start_values(packed, v_smem.index(v_slot), O_LAYOUT, BLOCK_N, DVP)
+        acc = _add(acc, alpha, warpgroup_mma_wait(0, deps=(pv,)), O_LAYOUT)
+
+    # Normalise. A row that has met a key has a sum of at least 2^P_SHIFT.
+    total = gl.convert_layout(gl.sum(l, 1), gl.SliceLayout(1, S_LAYOUT))
+    empty = total == 0.0
+    row = WHO * ROWS + gl.arange(0, ROWS, gl.SliceLayout(1, S_LAYOUT))
+    inside = row < rows
+    token = gl.load(q_token + row, mask=inside, other=0)
+    row_lse = (m + gl.log2(total) - P_SHIFT) * LN2
+    if lse_shift is not None:
+        row_lse += gl.load(lse_shift + row, mask=inside, other=0.0)
+    gl.store(lse + token, gl.where(empty, float("-inf"), row_lse), mask=inside)
+
+    norm = gl.convert_layout(gl.where(empty, 0.0, 1.0 / total), gl.SliceLayout(1, O_LAYOUT))
+    channel = gl.arange(0, DVP, gl.SliceLayout(0, O_LAYOUT))
+    result = (acc * norm[:, None] * gl.load(v_scale + channel)[None, :]).to(out.dtype.element_ty)
+
+    # Rows go to their place in the raster, ALIGN elements a thread: 16 bytes, or what all strides and DV divide by.
+    ACROSS: gl.constexpr = min(32, DVP // ALIGN)
+    STORE: gl.constexpr = gl.BlockedLayout([1, ALIGN], [32 // ACROSS, ACROSS], [4, 1], [1, 0])
+    result = gl.convert_layout(result, STORE)
+    row = WHO * ROWS + gl.arange(0, ROWS, gl.SliceLayout(1, STORE))
+    channel = gl.arange(0, DVP, gl.SliceLayout(0, STORE))
+    token = gl.load(q_token + row, mask=row < rows, other=0)
+    mask = (row < rows)[:, None]
+    if DV < DVP:
+        mask = mask & (channel < DV)[None, :]
+    gl.store(out + token.to(gl.int64)[:, None] * out_stride * ALIGN + channel[None, :], result, mask=mask)
+
+
+# ------------------------------------------------------------------------------------------------------- the kernel
+
+
+@gluon.jit(
+    do_not_specialize=[
+        "heads", "q_length", "q_slots", "k_slots", "q_tiles", "k_tiles", "mask_heads", "capacity", "phases",
+        "phase_group", "bias_sb", "bias_sh", "state_sb", "state_sh",
+        "out_stride_batch", "out_stride_head", "out_stride_token",
+    ]
+)  # fmt: skip
+def attention_forward(
+    q_desc, k_desc, v_desc, out, lse, q_scale, k_scale, v_scale, lse_shift,
+    key_bias, bias_state, bias_sb, bias_sh, state_sb, state_sh,
+    unit_count, unit_index, unit_valid, q_blocks, q_token, phase,
+    heads, q_length, q_slots, k_slots, q_tiles, k_tiles, mask_heads, capacity, phases, phase_group, softmax_scale,
+    out_stride_batch, out_stride_head, out_stride_token,
+    GROUP: gl.constexpr, BLOCK_N: gl.constexpr, UNIT: gl.constexpr, TILE: gl.constexpr, RUNS: gl.constexpr,
+    DP: gl.constexpr, DVP: gl.constexpr, DV: gl.constexpr, ALIGN: gl.constexpr, P_SHIFT: gl.constexpr,
+    RAGGED: gl.constexpr, CONSUMERS: gl.constexpr, STAGES: gl.constexpr, OVERLAP: gl.constexpr,
+    PINGPONG: gl.constexpr, CONSUMER_REGS: gl.constexpr, PRODUCER_REGS: gl.constexpr,
+):  # fmt: skip
+    """Grid: (query blocks, H, B), so that the blocks of a head run side by side and share its K and V in the L2 cache.
+
+    :func:`launch` says what the arguments are. Needs ``num_warps=4``: the first consumer's.
+    """
+    BIAS: gl.constexpr = key_bias is not None
+    PART: gl.constexpr = min(SUBTILE if RUNS > 1 else UNIT, UNIT)
+    block = gl.program_id(0)
+    head = gl.program_id(1)
+    batch = gl.program_id(2)
+    q_head = batch * heads + head
+    k_head = batch * (heads // GROUP) + head // GROUP
+
+    q_tile = gl.load(q_blocks + block * 3)
+    first = gl.load(q_blocks + block * 3 + 1)
+    rows = gl.load(q_blocks + block * 3 + 2)
+    which = gl.minimum(gl.maximum(gl.load(phase + batch // phase_group), 0), phases - 1)
+    line = (which * mask_heads + gl.where(mask_heads > 1, head, 0)) * q_tiles + q_tile
+    n_units = gl.load(unit_count + line)
+    unit_list = unit_index + line.to(gl.int64) * capacity
+    q_scale += (q_head.to(gl.int64) * q_tiles + q_tile) * RUNS
+    if RUNS == 1:
+        q_factor = gl.load(q_scale) * (softmax_scale * LOG2E)
+    else:  # rows differ
+        q_scale += (first - q_tile * TILE) // SUBTILE
+        q_factor = softmax_scale * LOG2E
+
+    q_smem = gl.allocate_shared_memory(q_desc.dtype, [CONSUMERS, ROWS, DP], q_desc.layout)
+    k_smem = gl.allocate_shared_memory(k_desc.dtype, [STAGES, BLOCK_N, DP], k_desc.layout)
+    v_smem = gl.allocate_shared_memory(v_desc.dtype, [STAGES, DVP, BLOCK_N], v_desc.layout)
+    q_full = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
+    k_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    v_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    free = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    turn = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
+    mbarrier.init(q_full, count=1)
+    for i in gl.static_range(STAGES):
+        mbarrier.init(k_full.index(i), count=1)
+        mbarrier.init(v_full.index(i), count=1)
+        mbarrier.init(free.index(i), count=CONSUMERS)
+    for i in gl.static_range(2):
+        mbarrier.init(turn.index(i), count=1)
+    if PINGPONG:
+        mbarrier.arrive(turn.index(0), count=1)  # consumer 0 goes first
+    fence_async_shared()  # TMA must see the barriers as they have just been set up
+
+    k_scale += k_head.to(gl.int64) * k_tiles * RUNS
+    v_scale += k_head * DVP
+    if lse_shift is not None:
+        lse_shift += q_head.to(gl.int64) * q_slots + first
+    if BIAS:
+        # Strides of the bias count runs of 32 slots, so that its rows are known to be aligned.
+        key_bias += (batch.to(gl.int64) * bias_sb + head.to(gl.int64) * bias_sh) * 32
+        bias_state += batch.to(gl.int64) * state_sb + head.to(gl.int64) * state_sh
+    q_token += first
+    out += (batch.to(gl.int64) * out_stride_batch + head.to(gl.int64) * out_stride_head) * ALIGN
+    lse += q_head.to(gl.int64) * q_length
+    PER_TILE: gl.constexpr = TILE // UNIT
+    shared = (q_smem, k_smem, v_smem, q_full, k_full, v_full, free, turn)
+    outputs = (v_scale, lse_shift, q_token, rows, out, out_stride_token, lse)
+    notes = (k_scale, unit_valid, bias_state, key_bias)
+    operands = (unit_list, n_units, notes, q_scale, q_factor, outputs)
+    q_row = q_head * q_slots + first
+    k_row = k_head * k_slots
+    v_row = k_head * DVP
+    # Spelled out: compile-time values that go through a variable would become run-time values.
+    if CONSUMERS == 1:
+        gl.warp_specialize(
+            [
+                (_consumer, (shared, operands, 0, BLOCK_N, UNIT, PART, RUNS, DVP, DV, ALIGN, PER_TILE, P_SHIFT, RAGGED,
+                             BIAS, STAGES, OVERLAP, PINGPONG)),
+                (_producer, (q_desc, k_desc, v_desc, shared, unit_list, n_units, q_row, k_row, v_row, STAGES, UNIT,
+                             BLOCK_N, CONSUMERS)),
+            ],
+            [1],
+            [PRODUCER_REGS],
+        )  # fmt: skip
+    elif CONSUMERS == 2:
+        gl.warp_specialize(
+            [
+                (_consumer, (shared, operands, 0, BLOCK_N, UNIT, PART, RUNS, DVP, DV, ALIGN, PER_TILE, P_SHIFT, RAGGED,
+                             BIAS, STAGES, OVERLAP, PINGPONG)),
+                (_consumer, (shared, operands, 1, BLOCK_N, UNIT, PART, RUNS, DVP, DV, ALIGN, PER_TILE, P_SHIFT, RAGGED,
+                             BIAS, STAGES, OVERLAP, PINGPONG)),
+                (_producer, (q_desc, k_desc, v_desc, shared, unit_list, n_units, q_row, k_row, v_row, STAGES, UNIT,
+                             BLOCK_N, CONSUMERS)),
+            ],
+            [4, 1],
+            [CONSUMER_REGS, PRODUCER_REGS],
+        )  # fmt: skip
+    else:
+        gl.warp_specialize(
+            [
+                (_consumer, (shared, operands, 0, BLOCK_N, UNIT, PART, RUNS, DVP, DV, ALIGN, PER_TILE, P_SHIFT, RAGGED,
+                             BIAS, STAGES, OVERLAP, PINGPONG)),
+                (_consumer, (shared, operands, 1, BLOCK_N, UNIT, PART, RUNS, DVP, DV, ALIGN, PER_TILE, P_SHIFT, RAGGED,
+                             BIAS, STAGES, OVERLAP, PINGPONG)),
+                (_consumer, (shared, operands, 2, BLOCK_N, UNIT, PART, RUNS, DVP, DV, ALIGN, PER_TILE, P_SHIFT, RAGGED,
+                             BIAS, STAGES, OVERLAP, PINGPONG)),
+                (_producer, (q_desc, k_desc, v_desc, shared, unit_list, n_units, q_row, k_row, v_row, STAGES, UNIT,
+                             BLOCK_N, CONSUMERS)),
+            ],
+            [4, 4, 1],
+            [CONSUMER_REGS, CONSUMER_REGS, PRODUCER_REGS],
+        )  # fmt: skip
+
+
+# ---------------------------------------------------------------------------------------------------------- the host
+
+DIMS = (32, 64, 128)
+"""Padded head dims that run: a key's row must fit the 128 bytes of a swizzle, an accumulator the registers."""
+
+SHARED_BYTES = 228 * 1024
+"""Shared memory of a multiprocessor."""
+
+RESERVED_BYTES = 1024 + 1024
+"""Of each program: what the driver takes, and the barriers."""
+
+REGISTERS = 65536
+
+
+def why_not(spec: Any) -> str | None:
+    """Why this kernel cannot run a :class:`fpscompile.kernel_spec.KernelSpec`, or None."""
+    if spec.target != "cuda:90":
+        return f"it is for cuda:90 (Hopper), not {spec.target}"
+    if spec.quant != "fp8":
+        return f"it multiplies FP8 operands, and the spec has quant={spec.quant!r}"
+    if spec.backward:
+        return "it computes the forward pass only"
+    for name in ("head_dim", "value_dim"):
+        if getattr(spec, name) > max(DIMS):
+            return f"{name}={getattr(spec, name)} is above {max(DIMS)}"
+    return why_not_slots(spec.tile_slots, spec.block_n)
+
+
+def why_not_slots(slots: int, block_n: int) -> str | None:
+    """Why tiles of ``slots`` slots cannot run in blocks of ``block_n`` keys, or None."""
+    if block_n != 128:
+        return f"it takes keys in blocks of 128, not {block_n}"
+    if slots < 32:
+        return f"tiles of {slots} slots are below 32, the depth of an FP8 product"
+    if slots % 128 and slots not in (32, 64):
+        return f"tiles of {slots} slots are neither 32, 64 nor a multiple of 128"
+    return None
+
+
+def default_consumers(slots: int) -> int:
+    """Consumers of a program where nothing has been tuned: a program's ``64 * consumers`` rows are of one tile.
+
+    Tiles of 128 slots and more: two, which share every K and V tile. Smaller ones: one, and two programs on a
+    multiprocessor, since no two tiles see the same keys.
+    """
+    return 2 if slots >= 128 else 1
+
+
+def default_stages(dp: int, dvp: int, consumers: int, programs: int, item: int = 2, block_n: int = 128) -> int:
+    """The deepest rings, up to 4, with which ``programs`` programs fit a multiprocessor.
+
+    Args:
+        item: bytes of an element of the output, whose rows change threads through shared memory.
+
+    >>> default_stages(128, 128, consumers=2, programs=1), default_stages(128, 128, consumers=1, programs=2)
+    (4, 3)
+    """
+    room = SHARED_BYTES // programs - RESERVED_BYTES - 64 * consumers * (dp + (128 if item <= 2 else dvp * item))
+    return min(4, room // (block_n * (dp + dvp)))
+
+
+def alignment(out: torch.Tensor) -> int:
+    """Elements, a power of two of at most 16 bytes, that divide all that a row of ``out`` may start or end at."""
+    size = out.element_size()
+    found = math.gcd(16 // size, out.shape[-1], *out.stride()[:-1])
+    while out.data_ptr() % (found * size):
+        found //= 2
+    return found
+
+
+def descriptor(x: torch.Tensor, rows: int, columns: int) -> TensorDescriptor:
+    """TMA descriptor of the 2-D tensor ``x`` for boxes of [rows, columns], one row of which fills the swizzle."""
+    width = columns * x.element_size()
+    if width not in (32, 64, 128):
+        raise ValueError(f"a box's rows must have 32, 64 or 128 bytes, not {width}")
+    layout = gl.NVMMASharedLayout(swizzle_byte_width=width, element_bitwidth=8 * x.element_size(), rank=2)
+    return TensorDescriptor.from_tensor(x, [rows, columns], layout)
+
+
+def launch(
+    packed: Any,
+    tables: Any,
+    q_blocks: torch.Tensor,
+    phase: torch.Tensor,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    scale: float,
+    *,
+    bias: Any = None,
+    block_n: int = 128,
+    p_shift: float = 8,
+    ragged: bool = True,
+    consumers: int | None = None,
+    programs: int | None = None,
+    stages: int | None = None,
+    overlap: bool | None = None,
+    pingpong: bool = False,
+    consumer_regs: int | None = None,
+    producer_regs: int = 24,
+) -> Any:
+    """Fill ``out`` and ``lse`` on the current stream; no host sync, nothing allocated.
+
+    Args:
+        packed: FP8 operands, an object with (all contiguous, on one device)
+            q e4m3 [B, H, q_slots, DP], k e4m3 [B, Hk, k_slots, DP], v e4m3 [B, Hk, DVP, k_slots] (permuted in groups
+            of 16 slots), q_scale f32 [B, H, q_tiles, runs], k_scale f32 [B, Hk, k_tiles, runs] (runs: 1, or one for
+            each 32 slots), v_scale f32 [B, Hk, DVP], lse_shift f32 [B, H, q_slots] or None.
+        tables: an object with slots (of a tile), unit, q_token int32 [q_slots], and keys, an object with
+            count int32 [phases, 1 | H, q_tiles], index int32 [phases, 1 | H, q_tiles, capacity], valid int32 [units].
+        q_blocks: int32 [n, 3]: (query tile, first slot, tokens) of every block of min(64 * consumers, slots) slots that
+            has a token. Its tokens are its first slots.
+        phase: int32 [n]; batch element b is in phase[b // (B // n)].
+        out: [B, Lq, H, DV], last axis contiguous; fastest where DV and the other strides are multiples of 16 bytes.
+            Rows of tokens that no block names are left alone.
+        lse: f32 [B, H, Lq], contiguous.
+        scale: positive factor on the scores.
+        bias: a key bias, an object with bias f32 [B | 1, H | 1, k_slots], added to the scaled scores and -inf in
+            padding, and state u8 [B | 1, H | 1, units], 0 where a unit's bias is all zeros and 1 elsewhere; both
+            contiguous. Or None.
+        block_n: key slots per rounding block of P: 128.
+        p_shift: log2 of the factor on P.
+        ragged: False promises that every unit is full (``valid == unit``), and leaves the mask out.
+        consumers: 64 rows each; 3 need up to 64 features, and tiles whose slots divide by 192.
+        programs: that share a multiprocessor.
+        stages: slots in each of the rings of K and V.
+        overlap, pingpong: see the module's text. By default products overlap the softmax wherever registers suffice. No
+            argument from ``consumers`` on changes a result.
+        consumer_regs, producer_regs: registers per thread. The first consumer gets what the others leave.
+
+    Returns:
+        The compiled kernel.
+
+    Raises:
+        ValueError: operands that this kernel cannot run.
+    """
+    batch, heads, q_slots, dp = packed.q.shape
+    key_heads, dvp, k_slots = packed.v.shape[1:]
+    slots, unit, runs = tables.slots, tables.unit, packed.q_scale.shape[-1]
+    consumers = consumers or default_consumers(slots)
+    programs = programs or (2 if consumers == 1 else 1)
+    stages = stages or default_stages(dp, dvp, consumers, programs, out.element_size(), block_n)
+    reason = (
+        why_not_slots(slots, block_n)
+        or _why_not_operands(packed, tables, out, block_n)
+        or _why_not_program(slots, max(dp, dvp), consumers, stages, pingpong)
+    )
+    if reason is not None:
+        raise ValueError(f"the Hopper kernel cannot run this: {reason}")
+    if overlap is None:
+        overlap = bias is None or runs == 1 or unit == block_n
+    if consumer_regs is None:
+        consumer_regs = {1: 232, 2: 240, 3: 160}[consumers]
+    # Registers at the start, before the roles trade them; one program takes all there are by itself.
+    limits = {} if programs == 1 else {"maxnreg": REGISTERS // (programs * 128 * (consumers + 1)) // 8 * 8}
+    q_desc = descriptor(packed.q.view(-1, dp), 64, dp)
+    k_desc = descriptor(packed.k.view(-1, dp), unit, dp)
+    v_desc = descriptor(packed.v.view(-1, k_slots), dvp, unit)
+    align = alignment(out)
+    biases: tuple[Any, ...] = (None, None, 0, 0, 0, 0)
+    if bias is not None:
+        biases = (bias.bias, bias.state, *(n // 32 for n in _strides(bias.bias)), *_strides(bias.state))
+    keys = tables.keys
+    return attention_forward[(q_blocks.shape[0], heads, batch)](
+        q_desc, k_desc, v_desc, out, lse, packed.q_scale, packed.k_scale, packed.v_scale, packed.lse_shift,
+        *biases, keys.count, keys.index, keys.valid, q_blocks, tables.q_token, phase,
+        heads, out.shape[1], q_slots, k_slots, packed.q_scale.shape[2], packed.k_scale.shape[2], keys.count.shape[1],
+        keys.index.shape[-1], keys.count.shape[0], batch // phase.numel(), scale,
+        out.stride(0) // align, out.stride(2) // align, out.stride(1) // align,
+        GROUP=heads // key_heads, BLOCK_N=block_n, UNIT=unit, TILE=slots, RUNS=runs, DP=dp, DVP=dvp,
+        DV=out.shape[-1], ALIGN=align, P_SHIFT=p_shift, RAGGED=ragged, CONSUMERS=consumers, STAGES=stages,
+        OVERLAP=overlap, PINGPONG=pingpong, CONSUMER_REGS=consumer_regs, PRODUCER_REGS=producer_regs,
+        num_warps=4, **limits,
+    )  # fmt: skip
+
+
+def _why_not_operands(packed: Any, tables: Any, out: torch.Tensor, block_n: int) -> str | None:
+    """Why operands of these shapes cannot run, or None."""
+    unit, runs = min(tables.slots, block_n), (1, tables.slots // 32)
+    given = (packed.q_scale.shape[-1], packed.k_scale.shape[-1])
+    if packed.q.shape[-1] not in DIMS or packed.v.shape[2] not in DIMS:
+        return f"padded head dims {packed.q.shape[-1]} and {packed.v.shape[2]} must be in {DIMS}"
+    if tables.unit != unit:
+        return f"units of {tables.unit} slots, not {unit}"
+    if given[0] not in runs or given[0] != given[1]:
+        return f"{given[0]} and {given[1]} scales per tile of queries and of keys, not {runs[0]} or {runs[1]} of both"
+    if max(packed.q.shape[:3].numel(), packed.k.shape[:3].numel()) >= 2**31:
+        return "more than 2^31 rows: beyond a TMA coordinate"
+    if out.stride(-1) != 1:
+        return "the output's last axis is not contiguous"
+    return None
+
+
+def _why_not_program(slots: int, dim: int, consumers: int, stages: int, pingpong: bool) -> str | None:
+    """Why programs of this make cannot run, or None."""
+    if not 1 <= consumers <= 3:
+        return f"{consumers} consumers, not 1 to 3"
+    if slots % (64 * consumers) and (slots > 64 or consumers > 1):
+        return f"{consumers} consumers of 64 rows do not divide a tile of {slots} slots"
+    if consumers == 3 and dim > 64:
+        return "three consumers have no registers for more than 64 features"
+    if pingpong and consumers != 2:
+        return "two consumers take turns, and no other number"
+    if stages < 2:
+        return "two stages do not fit the shared memory of a multiprocessor"
+    return None
+
+
+def _strides(x: torch.Tensor) -> tuple[int, int]:
+    """Strides of a batch and a head axis that repeat where they have length 1."""
+    return (x.stride(0) if x.shape[0] > 1 else 0, x.stride(1) if x.shape[1] > 1 else 0)

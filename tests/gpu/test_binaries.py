@@ -1,0 +1,219 @@
+"""What the templates become on every target: no spills, the right tensor cores, no detours, counts that stay put.
+
+The counts of the main loops are stored in ``goldens/binaries_<triton version>.json``. After a change that is meant to
+move them::
+
+    FPS_REFRESH_GOLDENS=1 pytest tests/gpu/test_binaries.py -m "slow or not slow"
+
+rewrites the file; the difference belongs to the change's review.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import re
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton")
+
+import triton
+
+from fpscompile.gpu import binary, offline
+from fpscompile.gpu.config import KernelConfig, default_config, shared_limit
+from fpscompile.kernel_spec import KernelSpec
+
+GOLDENS = Path(__file__).parent / "goldens" / f"binaries_{triton.__version__}.json"
+REFRESH = os.environ.get("FPS_REFRESH_GOLDENS") == "1"
+
+FP8_TARGETS = ("cuda:89", "cuda:90", "cuda:100", "cuda:120", "hip:gfx942", "hip:gfx950")
+HOPPER = KernelConfig(128, 4, 0, "hopper")
+
+
+def spec_of(target: str, quant: str = "fp8", dim: int = 128, tile=(4, 8, 8), **fields) -> KernelSpec:
+    return KernelSpec(target=target, dtype="bfloat16", head_dim=dim, value_dim=dim, tile=tile, quant=quant, **fields)
+
+
+@functools.lru_cache(maxsize=64)
+def artifacts_of(spec: KernelSpec, config: KernelConfig) -> binary.Artifacts:
+    return offline.forward_artifacts(spec, config)
+
+
+@functools.lru_cache(maxsize=64)
+def report_of(spec: KernelSpec, config: KernelConfig) -> binary.BinaryReport:
+    """Raises where ptxas serialized matrix products."""
+    return binary.inspect_artifacts(artifacts_of(spec, config))
+
+
+def check_resources(spec: KernelSpec, config: KernelConfig) -> binary.BinaryReport:
+    report = report_of(spec, config)
+    assert report.spill_bytes == 0
+    assert report.stack_bytes == 0
+    assert report.shared_bytes <= shared_limit(spec.target)
+    return report
+
+
+@pytest.mark.parametrize("target", FP8_TARGETS)
+def test_fp8_defaults_do_not_spill_and_use_fp8_tensor_cores(target: str) -> None:
+    spec = spec_of(target)
+    report = check_resources(spec, default_config(spec))
+    wanted = {"cuda:90": "QGMMA", "cuda:100": "UTCQMMA"}.get(target, "QMMA" if "cuda" in target else "v_mfma")
+    assert report.main_loop.tensor
+    for name in report.main_loop.tensor:
+        assert name.startswith(wanted)
+        if target != "cuda:100":
+            assert any(word in name for word in ("E4M3.E4M3", "fp8_fp8", "f8f6f4"))
+    assert not {"HMMA", "HGMMA", "UTCHMMA"} & set(report.opcodes)
+
+
+@pytest.mark.parametrize("target", ["cuda:80", "cuda:90"])
+def test_unquantized_defaults_do_not_spill(target: str) -> None:
+    spec = spec_of(target, "none")
+    report = check_resources(spec, default_config(spec))
+    assert all("BF16" in name for name in report.main_loop.tensor)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("target", ["cuda:80", *FP8_TARGETS])
+@pytest.mark.parametrize("dim", [64, 96, 128])
+@pytest.mark.parametrize("tile", [(4, 4, 4), (4, 8, 8), (6, 8, 8)])
+@pytest.mark.parametrize("kind", ["tile", "subtile", "masked", "none"])
+def test_no_default_spills(target: str, dim: int, tile: tuple[int, int, int], kind: str) -> None:
+    if target == "cuda:80" and kind != "none":
+        pytest.skip("no FP8 tensor cores")
+    fields = {
+        "tile": {},
+        "subtile": {"granularities": ("subtile", "tile")},
+        "masked": {"key_mask": "float"},
+        "none": {"quant": "none"},
+    }[kind]
+    spec = spec_of(target, dim=dim, tile=tile, **fields)
+    check_resources(spec, default_config(spec))
+
+
+def test_hopper_main_loop() -> None:
+    """Per block of keys and warpgroup: two FP8 products, P straight from registers to tensor cores."""
+    spec = spec_of("cuda:90")
+    report = check_resources(spec, HOPPER)
+    loop = report.main_loop
+    assert loop.tensor == {"QGMMA.64x128x32.F32.E4M3.E4M3": 8}
+    assert loop.flops == 2 * 2 * 64 * 128 * 128 // 4
+    assert "HGMMA" not in report.opcodes
+    for detour in ("shared_load", "shared_store", "local", "permute"):
+        assert loop.every.get(detour, 0) == 0, detour
+    assert loop.every["shuffle"] == 4  # the rows' maxima, across the four lanes that hold a row
+
+
+@pytest.mark.parametrize("config", [default_config(spec_of("cuda:90")), KernelConfig(128, 8, 3)], ids=str)
+def test_plain_main_loop_on_sm90(config: KernelConfig) -> None:
+    loop = report_of(spec_of("cuda:90"), config).main_loop
+    assert loop.tensor == {"QGMMA.64x128x32.F32.E4M3.E4M3": 8}
+    # P stays in registers: nothing is stored to shared memory, no lane gives a weight to another, no byte moves.
+    for detour in ("shared_store", "local", "permute"):
+        assert loop.every.get(detour, 0) == 0, detour
+    assert loop.every["shuffle"] <= 8
+    # one exponential per weight and one per row, two conversions per instruction
+    assert loop.every["mufu"] == 64 + 2
+    assert loop.every["convert"] == 64 // 2
+
+
+GOLDEN_CASES = {
+    "cuda:80 bf16": (spec_of("cuda:80", "none"), None),
+    "cuda:89 fp8": (spec_of("cuda:89"), None),
+    "cuda:90 fp8": (spec_of("cuda:90"), None),
+    "cuda:90 fp8 hopper": (spec_of("cuda:90"), HOPPER),
+    "cuda:90 bf16": (spec_of("cuda:90", "none"), None),
+    "cuda:100 fp8": (spec_of("cuda:100"), None),
+    "cuda:120 fp8": (spec_of("cuda:120"), None),
+    "hip:gfx942 fp8": (spec_of("hip:gfx942"), None),
+}
+
+
+def summary(spec: KernelSpec, config: KernelConfig) -> dict[str, object]:
+    """What a golden file keeps of one binary."""
+    report = report_of(spec, config)
+    loop = report.main_loop
+    rows = min(config.block_m, spec.tile_slots) / (config.num_warps if config.variant == "triton" else 8)
+    return {
+        "config": str(config),
+        "registers": report.registers,
+        "shared_bytes": report.shared_bytes,
+        "instructions_per_step": loop.every,
+        "tensor": loop.tensor,
+        "instructions_per_kept_key_and_row": round(loop.total / rows / spec.block_n, 4),
+    }
+
+
+@pytest.mark.parametrize("case", GOLDEN_CASES)
+def test_counts_are_those_of_the_golden_table(case: str) -> None:
+    spec, config = GOLDEN_CASES[case]
+    found = summary(spec, config or default_config(spec))
+    stored = json.loads(GOLDENS.read_text()) if GOLDENS.exists() else {}
+    if REFRESH:
+        GOLDENS.parent.mkdir(exist_ok=True)
+        GOLDENS.write_text(json.dumps(dict(sorted((stored | {case: found}).items())), indent=1) + "\n")
+        return
+    if not stored:
+        pytest.skip(f"no golden table for Triton {triton.__version__}; make one with FPS_REFRESH_GOLDENS=1")
+    assert found == stored[case]
+
+
+COUNTS = {"H", "Hk", "mask_heads", "q_tiles", "k_tiles", "phases", "phase_group"}
+"""Parameters whose products with one another and with batch indices stay far below 2^31."""
+
+
+@pytest.mark.parametrize("quant", ["fp8", "none"])
+@pytest.mark.parametrize("mask", ["none", "float"])
+def test_products_that_may_pass_two_to_the_31_are_64_bits_wide(quant: str, mask: str) -> None:
+    """Tensors may have more than 2^31 elements: no 32-bit product has a length, a stride or a head dim as a factor."""
+    spec = spec_of("cuda:90", quant, dim=64, key_mask=mask)  # units have 128 slots, so 64 can only be the head dim
+    text = artifacts_of(spec, default_config(spec)).texts["ttir"]
+    products = narrow_products(text)
+    assert products, "no 32-bit product found: has the text of arith.muli changed?"
+    for factors in products:
+        assert all(factor in COUNTS or factor in ("1", "2", "3", "128", "") for factor in factors), factors
+
+
+def test_a_narrow_product_is_found() -> None:
+    text = """
+    tt.func public @f(%q_ptr: !tt.ptr<bf16> loc(#a), %q_sl: i32 loc(#b)) {
+    %c64_i32 = arith.constant 64 : i32 loc(#c)
+    %0 = tt.get_program_id x : i32 loc(#d)
+    %1 = arith.muli %0, %q_sl : i32 loc(#e)
+    %2 = arith.muli %0, %c64_i32 : i32 loc(#f)
+    %3 = arith.extsi %0 : i32 to i64 loc(#g)
+    %4 = arith.extsi %q_sl : i32 to i64 loc(#g)
+    %5 = arith.muli %3, %4 : i64 loc(#h)
+    %6 = tt.splat %q_sl : i32 -> tensor<8xi32> loc(#i)
+    %7 = arith.muli %7, %6 : tensor<8xi32> loc(#j)
+    """
+    assert narrow_products(text) == [("", "q_sl"), ("", "64"), ("", "q_sl")]
+
+
+def narrow_products(ttir: str) -> list[tuple[str, ...]]:
+    """Factors of all 32-bit products: a parameter's name, a constant's value, or "" for a value computed or loaded."""
+    parameters = set(re.findall(r"%(\w+): (?:i32|i64)", ttir))
+    lines = re.findall(r"%(\w+)(?::\d+)? = ([\w.]+) ([^\n]*)", ttir)
+    constants = {}
+    made = {}
+    for name, op, rest in lines:
+        if op == "arith.constant":
+            value = re.match(r"(?:dense<)?(-?\d+)>? : (?:tensor<[\dx]+x)?i32", rest)
+            if value:
+                constants[name] = value[1]
+        elif op in ("tt.splat", "tt.broadcast", "tt.expand_dims"):
+            made[name] = re.match(r"%(\w+)", rest)[1]
+
+    def origin(name: str) -> str:
+        while name in made:
+            name = made[name]
+        return name if name in parameters else constants.get(name, "")
+
+    found = []
+    for _, op, rest in lines:
+        if op == "arith.muli" and re.search(r" : (?:tensor<[\dx]+x)?i32\b", rest):
+            found.append(tuple(origin(name) for name in re.findall(r"%(\w+)", rest.split(" : ")[0])))
+    return found
