@@ -215,14 +215,14 @@ def page(rows: list[dict[str, Any]], ranked: list[dict[str, Any]]) -> str:
     cycles = best["cycles"]
     slowest = max(units, key=lambda unit: cycles[unit])
     padding = (
-        f"Density is what whole tiles give for the asked {', '.join(f'{d:g}' for d in DENSITIES)}. No tile divides this "
-        f"grid; slots that hold no token are computed all the same, in queries and in keys: {paddings()}."
+        f"Density is what whole tiles give for the asked {', '.join(f'{d:g}' for d in DENSITIES)}. No tile divides "
+        f"this grid; slots that hold no token are computed all the same, in queries and in keys: {paddings()}."
     )
     verdict = (
         f"Tensor cores ({cycles['tensor']} cycles), exponentials ({cycles['exp']}) and issue slots ({cycles['issue']}) "
         "need about as long as one another, so what counts is that they work at the same time. The plain kernel waits "
-        f"for each product before it goes on and relies on other warpgroups: {plain['tflops']} TFLOP/s predicted for its "
-        f"best config ({name(plain['config'])}). The warp-specialized kernel keeps a product under way during the "
+        f"for each product before it goes on and relies on other warpgroups: {plain['tflops']} TFLOP/s predicted for "
+        f"its best config ({name(plain['config'])}). The warp-specialized kernel keeps a product under way during the "
         f"softmax: {best['tflops']} TFLOP/s ({name(best['config'])}). With 5.5 TB/s assumed for the level-2 cache, its "
         f"busiest unit is `{slowest}`; 64 rows per program load twice the bytes per product and reach that limit first."
     )

@@ -52,15 +52,13 @@ def why_invalid(config: KernelConfig, spec: KernelSpec) -> str | None:
 
     The reason names the value and its limit. Shared memory is estimated from above, registers by accumulators only.
     """
-    slots, rows = spec.tile_slots, rows_of(config, spec)
+    rows = rows_of(config, spec)
     if config.variant == "hopper":
         return _why_invalid_hopper(config, spec)
     if config.variant != "triton":
         return f"variant={config.variant!r} is neither 'triton' nor 'hopper'"
     if rows < 16 or rows & (rows - 1):
         return f"block_m={rows} is not a power of two >= 16"
-    if slots % rows:
-        return f"block_m={rows} does not divide the {slots} slots of a tile"
     if config.num_warps not in (1, 2, 4, 8, 16):
         return f"num_warps={config.num_warps} is not one of 1, 2, 4, 8, 16"
     if not 1 <= config.num_stages <= 8:
@@ -93,7 +91,7 @@ def shared_bytes(config: KernelConfig, spec: KernelSpec) -> int:
     warp works on the same rows.
     """
     item = 1 if spec.quant == "fp8" else _BYTES.get(spec.dtype, 8)
-    dp, dvp = _padded(spec.head_dim), _padded(spec.value_dim)
+    dp, dvp = padded(spec.head_dim), padded(spec.value_dim)
     rows = rows_of(config, spec)
     q, keys, p = rows * dp * item, spec.block_n * (dp + dvp) * item, rows * spec.block_n * item
     if config.num_stages == 1 and config.variant == "triton":  # nothing is in flight: K and V take turns
@@ -109,14 +107,14 @@ def shared_bytes(config: KernelConfig, spec: KernelSpec) -> int:
         return q + buffers * keys + exchanged + 2048
     small = rows < 128 or rows < 16 * config.num_warps
     if spec.target.startswith("hip:"):
-        return max(1, min(config.num_stages, 2) - 1) * keys + q + (p if small else 0)
+        return (deep + 1 if config.num_stages > 3 else 1) * keys + q + p
     return q + max(1, deep) * keys + (p if small else 0) + 2048
 
 
 def _accumulators(config: KernelConfig, spec: KernelSpec) -> tuple[int, int]:
     """(float32 accumulators per thread, how many of them do not spill)."""
     lanes = 64 if spec.target.startswith("hip:gfx9") else 32
-    columns = spec.block_n + _padded(spec.value_dim)
+    columns = spec.block_n + padded(spec.value_dim)
     return rows_of(config, spec) * columns // (lanes * config.num_warps), ACCUMULATORS
 
 
@@ -167,13 +165,14 @@ def default_config(spec: KernelSpec) -> KernelConfig:
     FP8 on sm_90: two programs of 64 rows share a multiprocessor, and the softmax of one runs under the products of the
     other. Where operands go through registers (sm_80, sm_89), 128 rows spare P a trip through shared memory.
     Unquantized operands fill twice the shared memory, so one program of 128 rows has it to itself. Where that would
-    spill (wide heads, float32, a scale per column, Blackwell), fewer rows are shared between more warps.
+    spill (wide heads, float32, columns that differ, Blackwell), fewer rows are shared between more warps.
     """
     slots, wide = spec.tile_slots, _wide(spec)
     single = spec.dtype == "float32" and spec.quant == "none"
     if spec.target.startswith("hip:"):
         warps = 8 if wide else 4
-        choices = [KernelConfig(min(m, slots), warps, stages) for m in (64, 32, 16) for stages in (2, 1)]
+        depths = (1,) if _crowded(spec) else (2, 1)
+        choices = [KernelConfig(min(m, slots), warps, stages) for m in (64, 32, 16) for stages in depths]
     elif single:
         choices = [KernelConfig(min(m, slots), 8, stages) for m in (32, 16) for stages in (2, 1)]
     elif wide or _crowded(spec) or (spec.quant == "none" and spec.target in ("cuda:100", "cuda:103", "cuda:120")):
@@ -186,9 +185,11 @@ def default_config(spec: KernelSpec) -> KernelConfig:
 
 
 def _crowded(spec: KernelSpec) -> bool:
-    """Whether every column of a block has its own scale: with 128 features, registers do not suffice for 64 rows in
-    four warps."""
+    """Whether columns of a block differ (in scale, bias or tile): with 128 features, registers do not suffice for 64
+    rows in four warps."""
     several = spec.tile_slots < spec.block_n or (spec.quant == "fp8" and "subtile" in spec.granularities)
+    if spec.quant == "fp8" and spec.key_mask != "none" and spec.target not in ("cuda:80", "cuda:89"):
+        several = True
     return several and max(spec.head_dim, spec.value_dim) > 96
 
 
@@ -196,6 +197,10 @@ def _wide(spec: KernelSpec) -> bool:
     return max(spec.head_dim, spec.value_dim) > 128
 
 
-def _padded(dim: int) -> int:
-    """Features as kernels hold them."""
-    return max(32, 1 << (dim - 1).bit_length())
+def padded(dim: int) -> int:
+    """Features of a head as kernels hold them: the next power of two, at least 64.
+
+    An FP8 product needs 32; but with rows of 32 bytes the FP8 backward that Triton 3.6 compiles gave wrong values on an
+    H200, where it was right with 64 and 128.
+    """
+    return max(64, 1 << (dim - 1).bit_length())

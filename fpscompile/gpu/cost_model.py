@@ -27,7 +27,7 @@ from dataclasses import dataclass, replace
 from fpscompile.errors import UnsupportedError
 from fpscompile.gpu import offline
 from fpscompile.gpu.binary import BinaryError, BinaryReport
-from fpscompile.gpu.config import KernelConfig, candidates, rows_of
+from fpscompile.gpu.config import KernelConfig, candidates, padded, rows_of
 from fpscompile.kernel_spec import KernelSpec
 
 EFFICIENCY = 0.57
@@ -200,11 +200,11 @@ def _cycles(report: BinaryReport, spec: KernelSpec, rows: int, groups: int, gpu:
     warps, every = 4, loop.every
     item = 1 if spec.quant == "fp8" else 2
     rate = gpu.fp8_flops if item == 1 else gpu.bf16_flops
-    dims = _padded(spec.head_dim) + _padded(spec.value_dim)
+    dims = padded(spec.head_dim) + padded(spec.value_dim)
     half = sum(every.get(kind, 0) for kind in ("convert", "minmax", "select"))
     explicit = every.get("shared_load", 0) + every.get("shared_store", 0)
     # Of the first product both operands come from shared memory, of the second only V.
-    fetched = item * (64 * _padded(spec.head_dim) + spec.block_n * dims)
+    fetched = item * (64 * padded(spec.head_dim) + spec.block_n * dims)
     l2_rate = gpu.l2_bytes_per_s / (gpu.multiprocessors * gpu.clock_hz)
     return StepCycles(
         tensor=warps * (loop.flops or 0) / rate,
@@ -297,7 +297,3 @@ def best(spec: KernelSpec, gpu: Gpu = H100) -> KernelConfig:
     if first.prediction is None:
         raise UnsupportedError(f"no config of {spec} is usable: {first.reason}")
     return first.config
-
-
-def _padded(dim: int) -> int:
-    return max(32, 1 << (dim - 1).bit_length())

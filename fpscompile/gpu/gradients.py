@@ -31,6 +31,7 @@ import torch
 
 from fpscompile.errors import UnsupportedError
 from fpscompile.gpu import operands, render
+from fpscompile.gpu.config import padded
 from fpscompile.gpu.operands import KeyBias, Packed
 from fpscompile.gpu.tables import Tables, row_blocks, tables_of
 from fpscompile.kernel_spec import KernelSpec
@@ -78,7 +79,7 @@ def default_config(spec: KernelSpec) -> GradientConfig:
     else:
         # From Hopper on, GPUs for data centers multiply straight from shared memory.
         unit = "wgmma" if spec.target in ("cuda:90", "cuda:100", "cuda:103") else "mma"
-    dim = max(render.padded(spec.head_dim), render.padded(spec.value_dim))
+    dim = max(padded(spec.head_dim), padded(spec.value_dim))
     return GradientConfig(*_FITTING[unit, spec.quant][0 if dim <= 64 else 1 if dim <= 128 else 2])
 
 

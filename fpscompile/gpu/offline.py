@@ -15,7 +15,7 @@ import torch
 
 from fpscompile.errors import UnsupportedError
 from fpscompile.gpu import binary, render
-from fpscompile.gpu.config import KernelConfig
+from fpscompile.gpu.config import KernelConfig, padded
 from fpscompile.kernel_spec import KernelSpec
 from fpscompile.quant import SUBTILE
 
@@ -63,7 +63,7 @@ def _hopper_artifacts(spec: KernelSpec, config: KernelConfig) -> binary.Artifact
         min(slots, spec.block_n),
         slots // SUBTILE if "subtile" in spec.granularities and slots >= SUBTILE else 1,
     )
-    dp, dvp = render.padded(spec.head_dim), render.padded(spec.value_dim)
+    dp, dvp = padded(spec.head_dim), padded(spec.value_dim)
 
     def empty(dtype: torch.dtype, *shape: int) -> torch.Tensor:
         return torch.empty(shape, dtype=dtype, device="meta")

@@ -13,6 +13,7 @@ from types import ModuleType
 import torch
 
 from fpscompile.gpu import render
+from fpscompile.gpu.config import padded
 from fpscompile.gpu.tables import Tables
 from fpscompile.kernel_spec import KernelSpec
 from fpscompile.quant import E4M3_MAX, SUBTILE, visible_keys
@@ -82,7 +83,7 @@ def pack(
     module = render.load("quantize", spec)
     batch, heads, _, _ = q.shape
     key_heads, k_length = k.shape[1:3]
-    dp, dvp = render.padded(q.shape[-1]), render.padded(v.shape[-1])
+    dp, dvp = padded(q.shape[-1]), padded(v.shape[-1])
     fp8 = FP8_DTYPES[render.fp8_format(spec.target)]
     visible = visible_keys(key_mask, batch, key_heads, heads)
     if visible is not None:

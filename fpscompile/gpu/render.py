@@ -24,7 +24,7 @@ from typing import Any
 import jinja2
 import torch
 
-from fpscompile.gpu.config import KernelConfig, rows_of
+from fpscompile.gpu.config import KernelConfig, padded, rows_of
 from fpscompile.gpu.interpreter import interpreting
 from fpscompile.kernel_spec import KernelSpec
 from fpscompile.quant import SUBTILE
@@ -53,11 +53,6 @@ _lock = threading.Lock()
 def fp8_format(target: str) -> str:
     """The E4M3 flavour of a target: gfx942 has its own, without negative zero and with a largest value of 240."""
     return "e4m3fnuz" if target == "hip:gfx942" else "e4m3"
-
-
-def padded(dim: int) -> int:
-    """Features of a head as kernels hold them: the next power of two, at least 32 (an FP8 product's depth)."""
-    return max(32, 1 << (dim - 1).bit_length())
 
 
 def held_rows(slots: int, dim: int) -> int:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import logging
 import math
 
 import torch
@@ -25,6 +26,8 @@ from fpscompile.kernel_spec import KernelSpec
 from fpscompile.lowerings import gather
 from fpscompile.masks import BlockMask
 from fpscompile.plan import Plan, ResolvedPlan
+
+log = logging.getLogger("fpscompile")
 
 PHASES_ON_DEVICE = True
 """``phases`` is an int32 tensor on the device; kernels clamp it into range."""
@@ -149,11 +152,12 @@ def backward(
     """Gradients of q, k and v; see :mod:`fpscompile.gpu.gradients`.
 
     With ``quant="fp8"`` on a GPU they come from :mod:`fpscompile.lowerings.gather`, which waits for the phase and is far
-    slower: the FP8 kernel for dq is right in the interpreter, but gave wrong values on an H200.
+    slower: the FP8 kernels are right in the interpreter, but not every shape of theirs has been seen right on a GPU.
     """
     from fpscompile.gpu import gradients
 
     if resolved.plan.quant == "fp8" and q.device.type == "cuda":
+        _tell_slow_gradients()
         given = phases.reshape(-1).tolist() if isinstance(phases, torch.Tensor) else list(phases)
         each = tuple(given[b // (q.shape[0] // len(given))] for b in range(q.shape[0]))
         return gather.backward(
@@ -164,6 +168,14 @@ def backward(
         grad_out, q, k, v, out, lse,
         key_mask=key_mask, phases=phases, resolved=resolved, scale=scale, block_mask=block_mask,
     )  # fmt: skip
+
+
+@functools.lru_cache(maxsize=1)
+def _tell_slow_gradients() -> None:
+    log.warning(
+        "gradients of FP8 attention are computed by the 'gather' lowering on this GPU, which is slow; "
+        "quant='none' trains at full speed"
+    )
 
 
 def _launch(

@@ -10,6 +10,8 @@ from models.zoo import wan, wan_inputs
 
 import fpscompile
 from fpscompile.errors import UnsupportedError
+from fpscompile.gpu import offline
+from fpscompile.gpu.config import default_config
 from fpscompile.lowerings import triton as lowering
 from fpscompile.plan import PhasePlan, Plan
 
@@ -101,3 +103,33 @@ def test_auto_never_interprets(caplog):
         compiled_output(model, inputs, density=1.0)
     report = fpscompile.explain(model, options={"inner": "eager", "tile": (2, 4, 4), "density": 1.0}, **inputs)
     assert {site.plan.lowering for site in report.sites if site.rewritten} <= {"cpp", "boxes"}
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(DEVICE == "cuda", reason="about machines without a GPU")
+def test_from_a_compiled_model_to_the_binary_of_its_kernel():
+    """What ``torch.compile`` decides for a GPU, rendered and compiled through to machine code.
+
+    The graph is captured on a CPU; its plan, and the shapes and dtype of its attention call, name the kernels.
+    """
+    model, inputs = model_and_inputs(attention_head_dim=64)
+    model, graphs = model.to(torch.bfloat16), []
+
+    def inner(gm, example_inputs):
+        graphs.append(gm)
+        return gm.forward
+
+    inputs = {k: v.bfloat16() if isinstance(v, torch.Tensor) and k != "timestep" else v for k, v in inputs.items()}
+    compiled_output(model, inputs, lowering="triton", quant="fp8", tile=(4, 8, 8), density=1.0, inner=inner)
+    nodes = [node for gm in graphs for node in gm.graph.nodes if node.target is torch.ops.fps.attention.default]
+    assert len(nodes) == 1
+    query, _, value = (argument.meta["example_value"] for argument in nodes[0].args[:3])
+    plan = Plan.from_json(nodes[0].args[-1])
+    dtype = str(query.dtype).removeprefix("torch.")
+    spec = lowering._spec("cuda:90", dtype, query.shape[-1], value.shape[-1], plan, False, 1)
+    config = lowering.config_of(spec, torch.device("cuda"))
+    assert config.variant == "hopper"
+    for chosen in (config, default_config(spec)):
+        report = offline.compile_forward(spec, chosen)
+        assert report.spill_bytes == 0
+        assert any("QGMMA" in opcode for opcode in report.main_loop.tensor)

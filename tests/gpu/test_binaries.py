@@ -78,8 +78,8 @@ def test_unquantized_defaults_do_not_spill(target: str) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("target", ["cuda:80", *FP8_TARGETS])
-@pytest.mark.parametrize("dim", [64, 96, 128])
-@pytest.mark.parametrize("tile", [(4, 4, 4), (4, 8, 8), (6, 8, 8)])
+@pytest.mark.parametrize("dim", [64, 128])
+@pytest.mark.parametrize("tile", [(4, 4, 4), (4, 8, 8)])
 @pytest.mark.parametrize("kind", ["tile", "subtile", "masked", "none"])
 def test_no_default_spills(target: str, dim: int, tile: tuple[int, int, int], kind: str) -> None:
     if target == "cuda:80" and kind != "none":

@@ -34,7 +34,6 @@ def spec_of(target="cuda:90", quant="fp8", dim=128, tile=(4, 8, 8), **fields) ->
     [
         (KernelConfig(48, 4, 3), {}, "block_m=48 is not a power of two"),
         (KernelConfig(8, 4, 3), {}, "block_m=8 is not a power of two"),
-        (KernelConfig(256, 16, 3), {"tile": (6, 8, 8)}, "block_m=256 does not divide the 384 slots"),
         (KernelConfig(64, 3, 3), {}, "num_warps=3"),
         (KernelConfig(64, 4, 0), {}, "num_stages=0"),
         (KernelConfig(128, 4, 3), {}, "256 float32 accumulators per thread are more than 128"),
@@ -76,6 +75,8 @@ def test_rows_are_capped_by_the_tile() -> None:
     spec = spec_of(tile=(2, 4, 4))
     assert rows_of(KernelConfig(128, 4, 3), spec) == 32
     assert why_invalid(KernelConfig(128, 4, 3), spec) is None
+    assert rows_of(KernelConfig(256, 8, 3), spec_of(tile=(6, 8, 8))) == 128
+    assert rows_of(KernelConfig(192, 4, 0, "hopper"), spec_of(tile=(6, 8, 8))) == 192
 
 
 def test_an_unknown_target_gets_the_least_shared_memory() -> None:
