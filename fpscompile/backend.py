@@ -129,14 +129,14 @@ class _Pictures:
             outcome = (site.kind, site.shape, site.node in self.state.plans)
             if site.node in self.state.plans and outcome not in seen:
                 seen.add(outcome)
-                self.before[site.node] = (site.node.name, neighbourhood(self.state.graph, site.node))
+                self.before[site.node] = (site.node.name, neighbourhood(site.node.graph, site.node))
 
     def finish(self, record: GraphRecord) -> None:
         record.graph_before = self.code
         record.graph_after = self.state.gm.print_readable(print_output=False)
         for old, (name, picture) in self.before.items():
             new = self.state.rewritten[old]
-            record.neighbourhoods.append((name, picture, neighbourhood(self.state.graph, new)))
+            record.neighbourhoods.append((name, picture, neighbourhood(new.graph, new)))
 
 
 def _example(node: fx.Node) -> Any:

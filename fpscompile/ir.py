@@ -80,11 +80,17 @@ class AttentionSite:
     dtype: str = ""
     """Of the queries: "float32", "bfloat16", ..."""
     grid: tuple[Size, Size, Size] | None = None
-    """Video tokens along (t, h, w); None when unknown, or known only at run time (``grid_source="attach"``)."""
+    """Video tokens along (t, h, w); None when unknown, or known only at run time (``grid_source`` "attach" or
+    "rotary": then that of the call being compiled)."""
     grid_source: str | None = None
-    """"graph", "options" or "attach"."""
+    """"graph", "options", "attach", or "rotary": the values of a rotary table."""
     segments: tuple[Segment, ...] = ()
     """Query sequence, in order."""
     query_span: Span | None = None
     key_span: Span | None = None
+    query_runs: tuple[Any, ...] = ()
+    """Labels of the runs of the query sequence, in order; a span begins where one of them does."""
+    key_runs: tuple[Any, ...] = ()
+    table: tuple[fx.Node, int, Size, Size] | None = None
+    """With ``grid_source="rotary"``: the table, its token dimension, and which of its rows are the video's."""
     rejection: Rejection | None = None

@@ -38,7 +38,11 @@ class Atom:
     parent: Axis | None = None
     """The axis it was derived from: the whole of a split, or what a convolution strided over."""
     role: str = "root"
-    """"root"; "high" or "low" part of a split; "strided" by a convolution or a resize."""
+    """"root"; "high" or "low" part of a split; "strided" by a convolution or a resize; "counted" by an arange."""
+
+    def __hash__(self) -> int:
+        # The name tells atoms apart; hashing the parents too would walk the whole history on every look-up.
+        return hash(self.name)
 
 
 @dataclass(frozen=True)
@@ -165,14 +169,19 @@ def reshape(label: Label, sizes: Sequence[Size], name: str) -> Label:
     """Labels after a row-major view to ``sizes``. What cannot be followed becomes atoms of the node ``name``."""
     factors = [factor for axis in label for factor in axis]
     result: list[Axis] = []
+    whole = 0  # sizes so far that are made of whole factors
     for position, size in enumerate(sizes):
+        before = len(factors)
         taken = _take(factors, size)
         if taken is None:
             rest = sizes[position:]
             return (*result, *(fresh(name, position + i, s) for i, s in enumerate(rest)))
         result.append(product(taken))
+        if whole == position and len(taken) == before - len(factors):
+            whole += 1
     if factors:
-        return tuple(fresh(name, i, s) for i, s in enumerate(sizes))
+        # A split whose size is only equal in fact (a floor division) leaves a rest; what is before it stands.
+        return (*result[:whole], *(fresh(name, whole + i, s) for i, s in enumerate(sizes[whole:])))
     return tuple(result)
 
 
@@ -292,12 +301,14 @@ def merge(left: Axis, right: Axis) -> Axis:
         return left
     if not left:
         return right
-    return right if _information(right) > _information(left) else left
+    return right if information(right) > information(left) else left
 
 
-def _information(axis: Axis) -> tuple[int, int]:
+def information(axis: Axis) -> tuple[int, int, int]:
+    """How much a label says: its best source, how many of its parts are the call's data, how many parts it has."""
     atoms = list(leaves(axis))
-    return (max((leaf.source for leaf in atoms), default=MADE), len(atoms))
+    data = sum(leaf.source == INPUT for leaf in atoms)
+    return (max((leaf.source for leaf in atoms), default=MADE), data, len(atoms))
 
 
 def leaves(axis: Axis) -> list[Atom]:

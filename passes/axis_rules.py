@@ -18,8 +18,23 @@ import torch
 from torch import fx
 
 from fpscompile.ir import Size
-from fpscompile.passes.axes import Atom, Axis, Label, axis_size, concat, cut, fresh, merge, reshape, same, strided
-from fpscompile.passes.base import argument, fake_tensor, fake_value, shape_of, size_of
+from fpscompile.passes.axes import (
+    INPUT,
+    Atom,
+    Axis,
+    Label,
+    atom,
+    axis_size,
+    concat,
+    cut,
+    describe,
+    fresh,
+    merge,
+    reshape,
+    same,
+    strided,
+)
+from fpscompile.passes.base import argument, fake_tensor, fake_value, size_of, target_name
 
 if TYPE_CHECKING:
     from fpscompile.passes.trace_axes import Tracer
@@ -74,15 +89,17 @@ def keeps_positions(name: str) -> bool:
 
 def broadcast(tracer: Tracer, node: fx.Node) -> Result:
     """Align the labels of all tensor inputs from the right, as broadcasting does."""
-    out = shape_of(node)
-    labels = [tracer.label(arg) for arg in node.all_input_nodes if fake_tensor(arg) is not None]
+    out = tracer.shape(node)
+    operands = [arg for arg in node.all_input_nodes if fake_tensor(arg) is not None]
     result: list[Axis] = []
     for dim, size in enumerate(out):
-        axis: Axis = ()
-        for label in labels:
+        here = []
+        for operand in operands:
+            label = tracer.label(operand)
             position = dim - len(out) + len(label)
             if position >= 0 and label[position] and same(axis_size(label[position]), size):
-                axis = merge(axis, label[position])
+                here.append((label[position], operand, position))
+        axis = tracer.meet(here)
         result.append(axis if axis or size.expr == 1 else fresh(node.name, dim, size))
     return tuple(result)
 
@@ -90,7 +107,7 @@ def broadcast(tracer: Tracer, node: fx.Node) -> Result:
 def unary(tracer: Tracer, node: fx.Node) -> Result:
     """Ops that keep the shape of their first tensor; others (a weight, a ``type_as`` model) do not count."""
     label, sizes = _source(tracer, node)
-    out = shape_of(node)
+    out = tracer.shape(node)
     kept = len(sizes) == len(out) and all(same(a, b) for a, b in zip(sizes, out, strict=True))
     return label if kept else None
 
@@ -102,7 +119,7 @@ def _source(tracer: Tracer, node: fx.Node) -> tuple[Label, tuple[Size, ...]]:
         source = node.args[0]
     elif isinstance(node.kwargs.get("input"), fx.Node):
         source = node.kwargs["input"]  # type: ignore[assignment]
-    return tracer.label(source), shape_of(source)
+    return tracer.label(source), tracer.shape(source)
 
 
 def _dim(value: Any, rank: int) -> int:
@@ -124,7 +141,7 @@ def _dims(node: fx.Node, position: int, name: str, rank: int) -> list[int] | Non
 
 def view(tracer: Tracer, node: fx.Node) -> Result:
     label, _ = _source(tracer, node)
-    return reshape(label, shape_of(node), node.name)
+    return reshape(label, tracer.shape(node), node.name)
 
 
 def permute(tracer: Tracer, node: fx.Node) -> Result:
@@ -167,7 +184,7 @@ def movedim(tracer: Tracer, node: fx.Node) -> Result:
 def expand(tracer: Tracer, node: fx.Node) -> Result:
     """Dimensions that grow from 1 are new axes; the others keep theirs. Also repeat, tile and broadcast_to."""
     label, sizes = _source(tracer, node)
-    out = shape_of(node)
+    out = tracer.shape(node)
     lead = len(out) - len(label)
     return tuple(
         label[dim - lead] if dim >= lead and same(sizes[dim - lead], size) else fresh(node.name, dim, size)
@@ -180,8 +197,8 @@ def cat(tracer: Tracer, node: fx.Node) -> Result:
     if not isinstance(tensors, (tuple, list)):
         return None
     labels = [tracer.label(t) for t in tensors if fake_tensor(t) is not None]
-    shapes = [shape_of(t) for t in tensors if fake_tensor(t) is not None]
-    rank = len(shape_of(node))
+    shapes = [tracer.shape(t) for t in tensors if fake_tensor(t) is not None]
+    rank = len(tracer.shape(node))
     if any(len(label) != rank for label in labels):  # legacy: an empty 1-D tensor among the parts
         return None
     dim = _dim(argument(node, 1, "dim", node.kwargs.get("axis", 0)), rank)
@@ -200,7 +217,7 @@ def stack(tracer: Tracer, node: fx.Node) -> Result:
     if not isinstance(tensors, (tuple, list)):
         return None
     labels = [tracer.label(t) for t in tensors]
-    out = shape_of(node)
+    out = tracer.shape(node)
     dim = _dim(argument(node, 1, "dim", 0), len(out))
     result = [functools.reduce(merge, axes) for axes in zip(*labels, strict=True)]
     result.insert(dim, fresh(node.name, dim, out[dim]))
@@ -243,7 +260,7 @@ def narrow(tracer: Tracer, node: fx.Node) -> Result:
     start = _size_argument(argument(node, 2, "start"))
     if start is None:
         return None
-    return (*label[:dim], cut(label[dim], start, shape_of(node)[dim]), *label[dim + 1 :])
+    return (*label[:dim], cut(label[dim], start, tracer.shape(node)[dim]), *label[dim + 1 :])
 
 
 def _size_argument(value: Any) -> Size | None:
@@ -258,24 +275,34 @@ def getitem(tracer: Tracer, node: fx.Node) -> Result:
     if fake_tensor(source) is None:
         labels = tracer.outputs(source)
         return labels[index] if labels is not None and isinstance(index, int) else None
-    return index_label(tracer.label(source), shape_of(source), index, shape_of(node), node.name)
+    return index_label(tracer, tracer.label(source), tracer.shape(source), index, tracer.shape(node), node.name)
 
 
-def index_label(label: Label, sizes: Sequence[Size], index: Any, out: Sequence[Size], name: str) -> Label | None:
-    """Label of ``tensor[index]`` for ints, slices, None and Ellipsis; None for advanced indexing."""
+def index_label(
+    tracer: Tracer, label: Label, sizes: Sequence[Size], index: Any, out: Sequence[Size], name: str
+) -> Label | None:
+    """Label of ``tensor[index]`` for ints, slices, None, Ellipsis and one 1-D tensor; None for the rest."""
     items = list(index) if isinstance(index, (tuple, list)) else [index]
     used = sum(item is not None and item is not Ellipsis for item in items)
     if Ellipsis not in [item if item is Ellipsis else None for item in items]:
         items.append(Ellipsis)
-    position = items.index(Ellipsis)
+    position = [item is Ellipsis for item in items].index(True)
     items[position : position + 1] = [slice(None)] * (len(label) - used)
+    chosen = [item for item in items if fake_tensor(item) is not None]
+    if len(chosen) > 1 or any(fake_tensor(item).ndim != 1 for item in chosen):  # type: ignore[union-attr]
+        return None
+    if chosen and any(isinstance(fake_value(item), (int, torch.SymInt)) for item in items):
+        return None  # numbers are indices too: where the chosen dimension ends up depends on their places
     result: list[Axis] = []
     dim = 0
     for item in items:
         if item is None:
             result.append(())
         elif isinstance(item, slice):
-            result.append(_sliced(label[dim], sizes[dim], item, out[len(result)], f"{name}.{len(result)}"))
+            result.append(_sliced(tracer, label[dim], sizes[dim], item, out[len(result)], f"{name}.{len(result)}"))
+            dim += 1
+        elif isinstance(item, fx.Node) and fake_tensor(item) is not None:
+            result.append(_chosen(label[dim], item, out[len(result)]))
             dim += 1
         elif isinstance(fake_value(item), (int, torch.SymInt)) and not isinstance(item, bool):
             dim += 1
@@ -284,15 +311,35 @@ def index_label(label: Label, sizes: Sequence[Size], index: Any, out: Sequence[S
     return tuple(result)
 
 
-def _sliced(axis: Axis, size: Size, item: slice, out: Size, name: str) -> Axis:
+def _chosen(axis: Axis, index: fx.Node, size: Size) -> Axis:
+    """The positions of ``axis`` that an index or mask tensor picks: the same ones wherever the same tensor picks."""
+    return atom(f"({describe(axis)})@{index.name}", size, parent=axis, role="chosen", origin=index.name)
+
+
+def _sliced(tracer: Tracer, axis: Axis, size: Size, item: slice, out: Size, name: str) -> Axis:
     if item.step not in (None, 1):
         return fresh(name, 0, out)
-    start = Size(sympy.Integer(0), 0) if item.start is None else _size_argument(item.start)
-    if start is None:
+    start = _place(tracer, item.start, size, Size(sympy.Integer(0), 0))
+    stop = _place(tracer, item.stop, size, size)
+    if start is None or stop is None:
         return fresh(name, 0, out)
-    if start.hint < 0:
-        start = Size(size.expr + start.expr, size.hint + start.hint)
+    length = Size(stop.expr - start.expr, stop.hint - start.hint)
+    beyond = size.expr - stop.expr
+    if all(tracer.not_negative(expr) for expr in (start.expr, length.expr, beyond)):
+        # Nothing is clipped: a size that depends on data is this one.
+        out = tracer.learn(out, length)
     return cut(axis, start, out)
+
+
+def _place(tracer: Tracer, value: Any, size: Size, default: Size) -> Size | None:
+    """A start or stop of a slice, counted from the front."""
+    if value is None:
+        return default
+    place = _size_argument(value)
+    if place is None:
+        return None
+    place = tracer.resolve(place)
+    return place if place.hint >= 0 else Size(size.expr + place.expr, size.hint + place.hint)
 
 
 def pad(tracer: Tracer, node: fx.Node) -> Result:
@@ -302,7 +349,7 @@ def pad(tracer: Tracer, node: fx.Node) -> Result:
 
 def linear(tracer: Tracer, node: fx.Node) -> Result:
     label, _ = _source(tracer, node)
-    out = shape_of(node)
+    out = tracer.shape(node)
     return (*label[:-1], fresh(node.name, len(out) - 1, out[-1]))
 
 
@@ -313,7 +360,12 @@ def matmul(tracer: Tracer, node: fx.Node) -> Result:
     left, right = tracer.label(operands[-2]), tracer.label(operands[-1])
     if len(left) < 2 or len(right) < 2:
         return None
-    batch = [merge(a, b) for a, b in itertools.zip_longest(reversed(left[:-2]), reversed(right[:-2]), fillvalue=())]
+    batch = [
+        tracer.meet([(a, operands[-2], len(left) - 3 - back), (b, operands[-1], len(right) - 3 - back)])
+        for back, (a, b) in enumerate(
+            itertools.zip_longest(reversed(left[:-2]), reversed(right[:-2]), fillvalue=())  # type: ignore[arg-type]
+        )
+    ]
     return (*reversed(batch), left[-2], right[-1])
 
 
@@ -325,18 +377,18 @@ def einsum(tracer: Tracer, node: fx.Node) -> Result:
     if not isinstance(equation, str) or "." in equation or "->" not in equation:
         return None
     inputs, output = equation.replace(" ", "").split("->")
-    letters: dict[str, Axis] = {}
+    letters: dict[str, list[tuple[Axis, fx.Node, int]]] = {}
     for term, operand in zip(inputs.split(","), operands, strict=True):
-        for letter, axis in zip(term, tracer.label(operand), strict=True):
-            letters[letter] = merge(letters.get(letter, ()), axis)
-    return tuple(letters[letter] for letter in output)
+        for dim, (letter, axis) in enumerate(zip(term, tracer.label(operand), strict=True)):
+            letters.setdefault(letter, []).append((axis, operand, dim))  # type: ignore[arg-type]
+    return tuple(tracer.meet(letters[letter]) for letter in output)
 
 
 def convolution(tracer: Tracer, node: fx.Node) -> Result:
     label, _ = _source(tracer, node)
-    out = shape_of(node)
+    out = tracer.shape(node)
     weight = argument(node, 1, "weight")
-    spatial = len(shape_of(weight)) - 2
+    spatial = len(tracer.shape(weight)) - 2
     lead = len(out) - spatial
     batch = label[: lead - 1]
     space = (strided(label[dim], out[dim]) for dim in range(lead, len(out)))
@@ -346,13 +398,13 @@ def convolution(tracer: Tracer, node: fx.Node) -> Result:
 def resample(tracer: Tracer, node: fx.Node) -> Result:
     """interpolate and pooling: every dimension keeps its order."""
     label, _ = _source(tracer, node)
-    out = shape_of(node)
+    out = tracer.shape(node)
     return tuple(strided(axis, size) for axis, size in zip(label, out, strict=True)) if len(label) == len(out) else None
 
 
 def embedding(tracer: Tracer, node: fx.Node) -> Result:
     label, _ = _source(tracer, node)
-    out = shape_of(node)
+    out = tracer.shape(node)
     return (*label, fresh(node.name, len(out) - 1, out[-1]))
 
 
@@ -362,6 +414,35 @@ def meshgrid(tracer: Tracer, node: fx.Node) -> Result:
         return None
     label = tuple(tracer.label(t)[0] if tracer.label(t) else () for t in tensors)
     return [label for _ in tensors]
+
+
+def counted(tracer: Tracer, node: fx.Node) -> Result:
+    """arange and linspace: the axis of a coordinate."""
+    (size,) = tracer.shape(node)
+    return (atom(f"{node.name}.0", size, origin=node.name, role="counted"),)
+
+
+def blank(tracer: Tracer, node: fx.Node) -> Result:
+    """zeros and ones that only ever pad others: as padding, one is as good as another of its size."""
+    if not node.users or any(target_name(user) not in ("cat", "concat", "concatenate") for user in node.users):
+        return None
+    return tuple(atom(f"blank.{size}", size) for size in tracer.shape(node))
+
+
+def choose(tracer: Tracer, node: fx.Node) -> Result:
+    """index_select: one dimension by a 1-D index."""
+    label, _ = _source(tracer, node)
+    dim, index = _dim(argument(node, 1, "dim"), len(label)), argument(node, 2, "index")
+    if not isinstance(index, fx.Node):
+        return None
+    return (*label[:dim], _chosen(label[dim], index, tracer.shape(node)[dim]), *label[dim + 1 :])
+
+
+def overwrite(tracer: Tracer, node: fx.Node) -> Result:
+    """index_copy, scatter: along ``dim`` the call's data in an order of its own, no longer the target's."""
+    label, _ = _source(tracer, node)
+    dim = _dim(argument(node, 1, "dim"), len(label))
+    return (*label[:dim], fresh(node.name, dim, tracer.shape(node)[dim], INPUT), *label[dim + 1 :])
 
 
 def reduce(tracer: Tracer, node: fx.Node) -> Result:
@@ -393,7 +474,7 @@ def complex_view(tracer: Tracer, node: fx.Node) -> Result:
 
 def real_view(tracer: Tracer, node: fx.Node) -> Result:
     label, _ = _source(tracer, node)
-    out = shape_of(node)
+    out = tracer.shape(node)
     return (*label, fresh(node.name, len(out) - 1, out[-1]))
 
 
@@ -439,7 +520,7 @@ RULES: dict[str, Rule] = {
     "getattr": attribute,
     "pad": pad,
     "linear": linear,
-    **dict.fromkeys(("matmul", "bmm", "mm", "baddbmm", "__matmul__"), matmul),
+    **dict.fromkeys(("matmul", "bmm", "mm", "baddbmm", "__matmul__", "_scaled_mm"), matmul),
     "einsum": einsum,
     **dict.fromkeys(("conv1d", "conv2d", "conv3d", "convolution"), convolution),
     **dict.fromkeys(
@@ -450,6 +531,11 @@ RULES: dict[str, Rule] = {
         resample,
     ),
     "embedding": embedding,
+    **dict.fromkeys(("arange", "linspace"), counted),
+    **dict.fromkeys(names("zeros ones full new_zeros new_ones new_full"), blank),
+    "index_select": choose,
+    **dict.fromkeys(names("index_copy index_fill scatter"), overwrite),
+    **dict.fromkeys(names("index_add scatter_add"), unary),
     "meshgrid": meshgrid,
     **dict.fromkeys(names("sum mean amax amin max min prod std var logsumexp norm any all argmax argmin"), reduce),
     "scaled_dot_product_attention": attention,

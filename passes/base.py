@@ -15,10 +15,13 @@ from torch import fx
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from fpscompile.ir import AttentionSite, Rejection, Size
-from fpscompile.passes.axes import Label
+from fpscompile.passes.axes import Axis, Label
 from fpscompile.plan import Plan
 from fpscompile.records import Note
 from fpscompile.settings import Settings
+
+STAND_IN = sympy.Integer(61)
+"""Hint of a size that depends on data. A prime, so that it divides nothing by chance."""
 
 FakeValue = Any
 """What Dynamo keeps in ``node.meta["example_value"]``: a fake tensor, a SymInt, a container of them, or None."""
@@ -44,6 +47,8 @@ class GraphState:
     """From trace_axes: what every tensor dimension is made of."""
     homes: dict[sympy.Expr, tuple[fx.Node, int]] = field(default_factory=dict)
     """From trace_axes: the first node and dimension of each symbolic size, to read it from at run time."""
+    meetings: dict[Axis, list[Any]] = field(default_factory=dict)
+    """From trace_axes: the tensors that each axis met element by element under another name."""
     sites: list[AttentionSite] = field(default_factory=list)
     """From find_sites."""
     plans: dict[fx.Node, Plan] = field(default_factory=dict)
@@ -54,6 +59,18 @@ class GraphState:
     """From lower_sites: how the denoising step reaches the graph."""
     inputs: list[str] = field(default_factory=list)
     """From lower_sites: inputs added at the end of the graph, "progress" and "grid", in order."""
+    replaced: list[Replacement] = field(default_factory=list)
+    """From normalize: canonical calls and what they stand for; restore settles each of them."""
+    declined: dict[fx.Node, Rejection] = field(default_factory=dict)
+    """From normalize: canonical calls that stand for more than attention, and what that is; never planned."""
+    parent: GraphState | None = None
+    """For the body of a higher-order op: the graph around it."""
+    call: fx.Node | None = None
+    """For a body: the node of ``parent`` that calls it."""
+    prefix: str = ""
+    """For a body: what the names of its nodes begin with, so that no two graphs have nodes of one name."""
+    children: list[GraphState] = field(default_factory=list)
+    """Bodies that the passes look into. They share labels, declined calls, near misses and notes with this graph."""
 
     @property
     def graph(self) -> fx.Graph:
@@ -64,9 +81,32 @@ class GraphState:
         """The mode of the graph's inputs."""
         return fake_mode(fake_value(node) for node in self.graph.nodes if node.op == "placeholder")
 
+    def everywhere(self) -> Iterator[GraphState]:
+        """This graph, then the bodies in it, depth first."""
+        yield self
+        for child in self.children:
+            yield from child.everywhere()
+
     def note(self, level: str, code: str, message: str) -> None:
         if not any(note.code == code and note.message == message for note in self.notes):
             self.notes.append(Note(level, code, message))
+
+
+@dataclass(frozen=True)
+class Replacement:
+    """A canonical call and the author's own, both in the graph until it is settled which of them stays."""
+
+    state: GraphState
+    """The graph that they are in."""
+    call: fx.Node
+    """The canonical call."""
+    result: fx.Node
+    """Computed from ``call``: what readers of ``original`` read now."""
+    original: fx.Node
+    added: tuple[fx.Node, ...]
+    """Nodes of the canonical spelling, in order."""
+    covered: tuple[fx.Node, ...]
+    """Nodes of the author's spelling that only it needs, last first."""
 
 
 class Pass(Protocol):
@@ -89,11 +129,20 @@ def fake_tensor(node: Any) -> torch.Tensor | None:
 
 
 def size_of(value: int | torch.SymInt) -> Size:
-    """A dimension as expression and hint, without installing a guard. Unbacked sizes have hint 0."""
+    """A dimension as expression and hint, without installing a guard.
+
+    An unbacked symbol (a size that depends on data) has no value yet: :data:`STAND_IN` takes its place in hints.
+    """
     if isinstance(value, torch.SymInt):
-        hint = value.node.hint
-        return Size(value.node.expr, int(hint) if isinstance(hint, int) else 0)
+        return Size(value.node.expr, _hint(value.node))
     return Size(sympy.Integer(int(value)), int(value))
+
+
+def _hint(node: Any) -> int:
+    if isinstance(node.hint, int):
+        return node.hint
+    known = node.shape_env.backed_var_to_val
+    return int(node.expr.xreplace({symbol: known.get(symbol, STAND_IN) for symbol in node.expr.free_symbols}))
 
 
 def shape_of(node: fx.Node) -> tuple[Size, ...]:
@@ -113,6 +162,8 @@ def emit(
         if isinstance(target, str)
         else state.graph.call_function(target, args, kwargs)
     )
+    if state.prefix:
+        node._rename(f"{state.prefix}_{node.name}")
     values = fx.map_arg(args, fake_value)
     named = fx.map_arg(kwargs, fake_value)
     mode = fake_mode(_leaves((values, named))) or state.fake_mode
@@ -178,6 +229,21 @@ def target_name(node: fx.Node) -> str:
     module = getattr(target, "__module__", None) or ""
     known = module.startswith(("torch", "_operator", "operator", "builtins")) or module == ""
     return str(name) if known else f"{module}::{name}"
+
+
+def pinned(value: Any) -> Any:
+    """A float of the graph as the number it is in this call, which is guarded on; anything else as it is.
+
+    For settings such as a dropout rate, which Dynamo hands over as inputs when shapes are dynamic. Sizes are never
+    pinned.
+    """
+    scalar = fake_value(value)
+    return float(scalar) if isinstance(scalar, torch.SymFloat) else value
+
+
+def words(text: str) -> frozenset[str]:
+    """A set of names, written as one text."""
+    return frozenset(text.split())
 
 
 def argument(node: fx.Node, position: int, name: str, default: Any = None) -> Any:

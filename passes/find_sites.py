@@ -4,8 +4,12 @@ A canonical call is a "3d" site when all of these hold:
 
 1. The keys and the values index the same tokens, and those contain all of the queries' video tokens.
 2. One run of the token axis is the row-major product of exactly three axes that go back to three increasing
-   dimensions of one input (a 5-D latent, say), the first longer than 1; every other run is text or the like.
-3. Or no graph can show it, but ``options["grid"]`` or ``attach`` names a grid whose product is a run's length.
+   dimensions of one input (a 5-D latent, say), the first longer than 1; every other run is text or another video.
+3. Or a run that the graph does not take apart met a table of positions that is such a product; or ``options["grid"]``
+   or ``attach`` names a grid whose product is its length; or the values of a rotary table prove one.
+
+Of several videos in one sequence (history frames in front of the current ones) the largest is windowed; the others
+are seen by all tokens and see all, as text is.
 
 Then legality: no dropout, not causal, no mask but a key mask, a supported dtype, [B, heads, tokens, features].
 Anything else carries a Rejection. Changes nothing in the graph. Runs after trace_axes, whose labels it reads.
@@ -22,9 +26,10 @@ from torch import fx
 
 from fpscompile.errors import GridError
 from fpscompile.ir import AttentionSite, Reason, Rejection, Segment, Size, Span
-from fpscompile.passes.axes import INPUT, Atom, Axis, Cat, axis_size, describe, leaves, root, same
+from fpscompile.passes.axes import INPUT, Axis, Cat, Slice, axis_size, cut, describe, leaves, root, same
 from fpscompile.passes.base import GraphState, fake_tensor, shape_of, target_name
-from fpscompile.passes.normalize import is_canonical
+from fpscompile.passes.canonical import COVERED, is_canonical
+from fpscompile.passes.grid_sources import grid_of, proven, rotary_table
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 ZERO = Size(sympy.Integer(0), 0)
@@ -36,7 +41,7 @@ class FindSites:
     name: str = "find_sites"
 
     def run(self, state: GraphState) -> bool:
-        calls = [node for node in state.graph.nodes if is_canonical(node)]
+        calls = [node for graph in state.everywhere() for node in graph.graph.nodes if is_canonical(node)]
         state.sites = [_place(state, node) for node in calls]
         state.sites = _settle_others(state.sites)
         state.sites += _subgraph_sites(state)
@@ -61,7 +66,7 @@ def _place(state: GraphState, node: fx.Node) -> AttentionSite:
         )
     site = classify(state, node, _site_shape(shapes))
     if site.kind == "3d" and site.rejection is None:
-        site = replace(site, rejection=illegal(node))
+        site = replace(site, rejection=state.declined.get(node) or illegal(node))
     if site.kind != "3d" and site.rejection is None:
         site = replace(
             site, rejection=Rejection(Reason.KIND, f"{site.kind} attention: only 3D attention is rewritten", None, node)
@@ -70,8 +75,10 @@ def _place(state: GraphState, node: fx.Node) -> AttentionSite:
 
 
 def _settle_others(sites: list[AttentionSite]) -> list[AttentionSite]:
-    """Where the graph proves a video, self-attention over other tokens (a text refiner's) is no riddle."""
-    if not any(site.grid_source == "graph" for site in sites):
+    """Where a video is proven, self-attention over fewer tokens (a text refiner's) is no riddle."""
+    proven = [site for site in sites if site.grid_source in ("graph", "rotary")]
+    videos = [site.query_span.length.hint for site in proven if site.query_span]
+    if not videos:
         return sites
     return [
         replace(
@@ -82,7 +89,7 @@ def _settle_others(sites: list[AttentionSite]) -> list[AttentionSite]:
                 message=f"self-attention over {site.shape[2]} tokens that are not the video's",
             ),
         )
-        if site.rejection is not None and site.rejection.code is Reason.NO_GRID
+        if site.rejection is not None and site.rejection.code is Reason.NO_GRID and site.shape[2].hint < min(videos)
         else site
         for site in sites
     ]
@@ -108,6 +115,7 @@ def classify(state: GraphState, node: fx.Node, shape: tuple[Size, Size, Size, Si
     """The site's kind, and its grid and spans when it is 3D."""
     labels = [state.labels[tensor] for tensor in node.args[:3]]  # type: ignore[index]
     q_axis, k_axis, v_axis = (label[2] for label in labels)
+    shape = (*shape[:2], axis_size(q_axis), axis_size(k_axis), shape[4])
     site = AttentionSite(node, "other", shape, dtype_of(node.args[0]))
     if k_axis != v_axis:
         return replace(
@@ -119,53 +127,120 @@ def classify(state: GraphState, node: fx.Node, shape: tuple[Size, Size, Size, Si
                 node,
             ),
         )
-    q_runs, k_runs = runs(q_axis), runs(k_axis)
+    q_runs = runs(q_axis)
+    k_runs = refine(runs(k_axis), q_runs)
     shared = [run for run in q_runs if run in k_runs]
-    grids = [(run, grid_of(run)) for run in shared]
+    grids = [(run, proven(state, run)) for run in shared]
     videos = [(run, grid) for run, grid in grids if isinstance(grid, tuple)]
-    if len(videos) == 1:
-        return _video_site(state, site, *videos[0], "graph", q_runs, k_runs)
-    if len(videos) > 1:
-        return replace(
-            site,
-            kind="3d",
-            rejection=Rejection(
-                Reason.SEGMENTS, f"{len(videos)} videos share the sequence; one is supported", len(videos), node
-            ),
-        )
+    if videos:
+        return _video_site(state, site, *_largest(state, node, videos), "graph", q_runs, k_runs)
     disorder = next((grid for _, grid in grids if isinstance(grid, Rejection)), None)
     if disorder is not None:
         return replace(site, kind="3d", rejection=replace(disorder, node=node))
-    if not shared:
-        return replace(site, kind="cross")
-    return _told(state, site, q_runs, k_runs, labels[0][0])
+    told = _told(state, site, q_runs, k_runs) or _rotary(state, site, q_runs, k_runs)
+    if told is not None:
+        return told
+    if not [run for run in q_runs if run in runs(k_axis)]:
+        return _in_pieces(site, q_runs, runs(k_axis)) or replace(site, kind="cross")
+    return _unknown(state, site, shared, labels[0][0])
+
+
+def refine(k_runs: tuple[Axis, ...], q_runs: tuple[Axis, ...]) -> tuple[Axis, ...]:
+    """``k_runs`` cut where a run of the queries is a slice of one of them: queries that are a part of the keys."""
+    result: list[Axis] = []
+    for run in k_runs:
+        part = next((q[0] for q in q_runs if len(q) == 1 and isinstance(q[0], Slice) and q[0].whole == run), None)
+        if part is None:
+            result.append(run)
+            continue
+        result.extend(_three(run, part.start, part.size))
+    return tuple(result)
+
+
+def _three(run: Axis, start: Size, size: Size) -> tuple[Axis, ...]:
+    """What lies before ``run[start : start + size]``, that part, and what lies after it; without empty pieces."""
+    end = Size(start.expr + size.expr, start.hint + size.hint)
+    total = axis_size(run)
+    rest = Size(total.expr - end.expr, total.hint - end.hint)
+    pieces = ((ZERO, start), (start, size), (end, rest))
+    return tuple(cut(run, first, length) for first, length in pieces if length.hint > 0)
+
+
+def _largest(
+    state: GraphState, node: fx.Node, videos: list[tuple[Axis, tuple[Size, Size, Size]]]
+) -> tuple[Axis, tuple[Size, Size, Size]]:
+    """The video to be windowed: the one with most tokens; of equals the last, for history comes first."""
+    chosen = max(reversed(videos), key=lambda video: axis_size(video[0]).hint)
+    if len(videos) > 1:
+        sizes = "x".join(str(size.hint) for size in chosen[1])
+        state.note(
+            "info",
+            "several-videos",
+            f"{len(videos)} videos share a sequence: the largest, {sizes}, is windowed; the others are seen by all",
+        )
+    return chosen
+
+
+def _in_pieces(site: AttentionSite, q_runs: tuple[Axis, ...], k_runs: tuple[Axis, ...]) -> AttentionSite | None:
+    """A call on a slice of a video's queries, whose keys are all of the video."""
+    wholes = [run[0].whole for run in q_runs if len(run) == 1 and isinstance(run[0], Slice)]
+    if not any(whole in k_runs and isinstance(grid_of(whole), tuple) for whole in wholes):
+        return None
+    message = (
+        "the queries are a slice of the video: attention in pieces that are not put together by one concatenation; "
+        "call it on all of the queries at once"
+    )
+    return replace(site, kind="3d", rejection=Rejection(Reason.SEGMENTS, message, None, site.node))
 
 
 def _told(
-    state: GraphState, site: AttentionSite, q_runs: tuple[Axis, ...], k_runs: tuple[Axis, ...], batch: Axis
-) -> AttentionSite:
-    """A self-attention whose grid the graph does not show: ask the options, then the attachment."""
-    shared = [run for run in q_runs if run in k_runs]
+    state: GraphState, site: AttentionSite, q_runs: tuple[Axis, ...], k_runs: tuple[Axis, ...]
+) -> AttentionSite | None:
+    """A self-attention whose grid the graph does not show: the options or the attachment may name it."""
     told = state.settings.grid or state.published_grid
+    if told is None or told[0] < 2:
+        return None
+    tokens = told[0] * told[1] * told[2]
+    matching = [run for run in q_runs if run in k_runs and axis_size(run).hint == tokens]
+    if len(matching) != 1:
+        return None
+    t, h, w = (Size(sympy.Integer(n), n) for n in told)
     source = "options" if state.settings.grid else "attach"
-    if told is not None:
-        tokens = told[0] * told[1] * told[2]
-        matching = [run for run in shared if axis_size(run).hint == tokens]
-        if len(matching) == 1 and told[0] > 1:
-            sizes = tuple(Size(sympy.Integer(n), n) for n in told)
-            grid = (sizes[0], sizes[1], sizes[2])
-            return _video_site(state, site, matching[0], grid, source, q_runs, k_runs)
-    kind = factor_kind(shared[0], batch)
+    return _video_site(state, site, matching[0], (t, h, w), source, q_runs, k_runs)
+
+
+def _rotary(
+    state: GraphState, site: AttentionSite, q_runs: tuple[Axis, ...], k_runs: tuple[Axis, ...]
+) -> AttentionSite | None:
+    """The same where a rotary table's values prove the grid."""
+    for run in sorted((run for run in q_runs if run in k_runs), key=lambda run: -axis_size(run).hint):
+        table = rotary_table(state, run)
+        if table is None:
+            continue
+        video = cut(run, table.start, table.count)
+        if video != run:
+            pieces = _three(run, table.start, table.count)
+            q_runs = tuple(piece for each in q_runs for piece in (pieces if each == run else (each,)))
+            k_runs = tuple(piece for each in k_runs for piece in (pieces if each == run else (each,)))
+        site = _video_site(state, site, video, table.grid, "rotary", q_runs, k_runs)
+        return replace(site, table=(table.node, table.dim, table.start, table.count))
+    return None
+
+
+def _unknown(state: GraphState, site: AttentionSite, shared: list[Axis], batch: Axis) -> AttentionSite:
+    """A self-attention without a grid: spatial, temporal, something else, or a video that nothing shows."""
+    longest = max(shared, key=lambda run: axis_size(run).hint)
+    kind = factor_kind(longest, batch)
     if kind != "other":
         return replace(site, kind=kind)
-    length = axis_size(shared[0])
+    length = axis_size(longest)
+    told = state.settings.grid or state.published_grid
     if told is not None:
+        source = "options" if state.settings.grid else "attach"
         message = f"its {length} tokens are not the {told[0]}*{told[1]}*{told[2]} of the grid from {source}"
         return replace(site, rejection=Rejection(Reason.KIND, message, length.hint, site.node))
-    if not _is_data(shared[0]):
-        message = (
-            f"the graph does not show a grid: the trail of its tokens ends at {_trail(state, shared[0])}; {REMEDY}"
-        )
+    if not _is_data(longest):
+        message = f"the graph does not show a grid: the trail of its tokens ends at {_trail(state, longest)}; {REMEDY}"
         return replace(site, rejection=Rejection(Reason.NO_GRID, message, length.hint, site.node))
     message = f"self-attention over {length} tokens whose (t, h, w) the graph does not show; {REMEDY}"
     return replace(site, rejection=Rejection(Reason.NO_GRID, message, length.hint, site.node))
@@ -181,7 +256,8 @@ def _video_site(
     k_runs: tuple[Axis, ...],
 ) -> AttentionSite:
     length = axis_size(video)
-    segments = tuple(Segment("video" if run == video else "other", axis_size(run)) for run in q_runs)
+    place = q_runs.index(video)
+    segments = tuple(Segment("video" if i == place else "other", axis_size(run)) for i, run in enumerate(q_runs))
     return replace(
         site,
         kind="3d",
@@ -190,6 +266,8 @@ def _video_site(
         segments=segments,
         query_span=Span(_offset(q_runs, video), length),
         key_span=Span(_offset(k_runs, video), length),
+        query_runs=q_runs,
+        key_runs=k_runs,
     )
 
 
@@ -199,32 +277,6 @@ def _offset(parts: tuple[Axis, ...], video: Axis) -> Size:
         size = axis_size(run)
         total = Size(total.expr + size.expr, total.hint + size.hint)
     return total
-
-
-def grid_of(axis: Axis) -> tuple[Size, Size, Size] | Rejection | None:
-    """(t, h, w) of a run of tokens; a Rejection when it is a video in another order; None when it is no video."""
-    atoms = [factor for factor in axis if isinstance(factor, Atom)]
-    if len(atoms) != len(axis) or len(axis) < 3:
-        return None
-    roots = [root((factor,)) for factor in atoms]
-    origins = {lead.origin for lead in roots if lead is not None and lead.source == INPUT}
-    if len(origins) != 1 or any(lead is None or lead.source != INPUT for lead in roots):
-        return None
-    if len(axis) > 3:
-        return Rejection(
-            Reason.TOKEN_ORDER,
-            f"the tokens are an interleaving of {len(axis)} axes ({describe(axis)}), not row-major (t, h, w)",
-            describe(axis),
-        )
-    dims = [lead.dim for lead in roots if lead is not None]
-    if dims != sorted(set(dims)):
-        return Rejection(
-            Reason.TOKEN_ORDER,
-            f"the tokens run over dimensions {dims} of {next(iter(origins))}, not in row-major (t, h, w) order",
-            dims,
-        )
-    t, h, w = (factor.size for factor in atoms)
-    return (t, h, w) if t.hint > 1 else None
 
 
 def factor_kind(axis: Axis, batch: Axis) -> str:
@@ -328,11 +380,14 @@ def _subgraph_sites(state: GraphState) -> list[AttentionSite]:
     """Attention inside higher-order ops (activation checkpoints): seen, not rewritten."""
     one = Size(sympy.Integer(1), 1)
     sites = []
-    for node in state.graph.nodes:
+    opened = {body.call for body in state.everywhere()}
+    for graph, node in [(inner, node) for inner in state.everywhere() for node in inner.graph.nodes]:
         if node.op != "call_function" or not isinstance(node.target, torch._ops.HigherOrderOperator):
             continue
+        if node in opened or COVERED in node.meta:
+            continue
         for argument in node.all_input_nodes:
-            module = getattr(state.gm, str(argument.target), None) if argument.op == "get_attr" else None
+            module = getattr(graph.gm, str(argument.target), None) if argument.op == "get_attr" else None
             if not isinstance(module, fx.GraphModule):
                 continue
             for inner in module.graph.nodes:

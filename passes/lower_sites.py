@@ -4,7 +4,8 @@ The op takes q, k, v in whatever strides they have and returns [B, L, heads, fea
 [B, heads, L, features], so the transposes around the call stay views. What changes per call is an input:
 
 - the phase, int32 on the device, from the published progress or from the timestep input of the graph;
-- the grid, as sizes read from tensors of the graph, as constants, or as published by ``attach``.
+- the grid, as sizes read from tensors of the graph, as constants, as published by ``attach``, or as the values of a
+  rotary table show it.
 
 Legality is find_sites' business; this pass only writes. Last in the pipeline.
 """
@@ -18,17 +19,21 @@ import operator
 import re
 from dataclasses import dataclass
 
+import sympy
 import torch
 from torch import fx
 from torch._dynamo.symbolic_convert import InstructionTranslator
 
-import fpscompile.ops  # noqa: F401  (registers torch.ops.fps)
+import fpscompile.ops
+import fpscompile.rotary_grid  # noqa: F401  (with ops: registers torch.ops.fps)
 from fpscompile.errors import FpsError
 from fpscompile.ir import AttentionSite, Size, Span
 from fpscompile.passes.axes import Axis, axis_size, describe, same
 from fpscompile.passes.base import GraphState, copy_origin, emit, fake_tensor, shape_of
-from fpscompile.passes.find_sites import key_mask, runs
+from fpscompile.passes.find_sites import key_mask
 from fpscompile.passes.plan_sites import resolved_plan
+from fpscompile.passes.strides import laid_out_as
+from fpscompile.passes.subgraphs import carry, holder, outermost_call
 from fpscompile.passes.trace_axes import source_name
 
 PROGRESS, GRID = "progress", "grid"
@@ -56,20 +61,26 @@ def _rewrite(state: GraphState, site: AttentionSite, inputs: _Inputs) -> fx.Node
     device = fake_tensor(query).device  # type: ignore[union-attr]
     phase = inputs.phase(conservative, device, inputs.timestep_fits(site))
     published = inputs.extra(GRID, torch.int64, (3,), torch.device("cpu")) if site.grid_source == "attach" else None
-    with state.graph.inserting_before(site.node):
+    with state.graph.inserting_before(outermost_call(state, site.node)):
         sizes = _SizeReader(state)
+        if site.table is not None:
+            published = inputs.of_table(site.table, sizes)
         grid = [] if published is not None else sizes.grid(site)
         assert site.query_span is not None
         assert site.key_span is not None
-        spans = (sizes.span(site, 0, site.query_span), sizes.span(site, 1, site.key_span))
-        arguments = (query, key, value, _mask(state, site.node), phase, grid, published, *spans)
+        spans = (sizes.span(site.query_runs, site.query_span), sizes.span(site.key_runs, site.key_span))
+    inner = holder(state, site.node)
+    phase, published = carry(phase, inner), carry(published, inner)  # type: ignore[assignment]
+    numbers = [[carry(size, inner) for size in listed] for listed in (grid, *spans)]
+    with inner.graph.inserting_before(site.node):
+        arguments = (query, key, value, _mask(inner, site.node), phase, numbers[0], published, *numbers[1:])
         scale = site.node.kwargs.get("scale")
-        node = emit(state, torch.ops.fps.attention.default, (*arguments, scale, plan.to_json()))
-        output = emit(state, operator.getitem, (node, 0))
+        node = emit(inner, torch.ops.fps.attention.default, (*arguments, scale, plan.to_json()))
+        output = laid_out_as(inner, emit(inner, operator.getitem, (node, 0)), site.node)
     for new in (node, output):
         copy_origin(new, site.node)
     site.node.replace_all_uses_with(output)
-    state.graph.erase_node(site.node)
+    inner.graph.erase_node(site.node)
     return node
 
 
@@ -136,6 +147,7 @@ class _Inputs:
         self.last = [node for node in state.graph.nodes if node.op == "placeholder"][-1]
         self.extras: dict[str, fx.Node] = {}
         self.phases: dict[tuple[int, torch.device, bool], fx.Node] = {}
+        self.tables: dict[tuple[fx.Node, int, Size, Size], fx.Node] = {}
 
     def timestep_fits(self, site: AttentionSite) -> bool:
         """Whether the site's batch runs over the timestep's batch first, so that a per-sample phase fits it."""
@@ -181,6 +193,14 @@ class _Inputs:
                 (*arguments, float(options.start), float(options.end), float(options.shift)),
             )
 
+    def of_table(self, table: tuple[fx.Node, int, Size, Size], sizes: _SizeReader) -> fx.Node:
+        """The grid that a rotary table shows, read once per call of the graph, at the first site that needs it."""
+        if table not in self.tables:
+            node, dim, start, count = table
+            rows = (sizes.read(start, ()), sizes.read(count, ()))
+            self.tables[table] = emit(self.state, torch.ops.fps.rotary_grid.default, (node, dim, *rows))
+        return self.tables[table]
+
     def extra(self, name: str, dtype: torch.dtype, shape: tuple[int, ...], device: torch.device) -> fx.Node:
         """A graph input after all others. It has no Dynamo source: nothing is guarded on it."""
         if name not in self.extras:
@@ -202,21 +222,42 @@ class _SizeReader:
         self.state = state
 
     def read(self, size: Size, axis: Axis) -> int | fx.Node:
-        """``size``, which is that of ``axis``: off a tensor that has it, or as the product of the axis's factors."""
-        if size.expr.is_number:
-            return int(size.expr)
-        if size.expr in self.state.homes:
-            return emit(self.state, "size", self.state.homes[size.expr])
-        if len(axis) < 2:
+        """``size``, which is that of ``axis``: off a tensor that has it, or computed from sizes that tensors have."""
+        found = self._expression(size.expr)
+        if found is None and len(axis) >= 2:
+            found = functools.reduce(self._times, (self.read(factor.size, (factor,)) for factor in axis))
+        if found is None:
             raise FpsError(f"no tensor of the graph has the size {size.expr} of {describe(axis)}")
+        return found
+
+    def _expression(self, expression: sympy.Expr) -> int | fx.Node | None:
+        """Sums and products of sizes that tensors have; None for what is not."""
+        if expression.is_number:
+            return int(expression)
+        if expression in self.state.homes:
+            return emit(self.state, "size", self.state.homes[expression])
+        operator_of = {sympy.Add: operator.add, sympy.Mul: operator.mul}.get(expression.func)
+        if operator_of is None:
+            return None
+        terms = [self._expression(term) for term in expression.args]
+        if any(term is None for term in terms):
+            return None
         return functools.reduce(
-            lambda left, right: emit(self.state, operator.mul, (left, right)),
-            (self.read(factor.size, (factor,)) for factor in axis),
+            lambda left, right: (
+                operator_of(left, right)
+                if isinstance(left, int) and isinstance(right, int)
+                else emit(self.state, operator_of, (left, right))
+            ),
+            terms,
         )
 
-    def span(self, site: AttentionSite, side: int, span: Span) -> list[int | fx.Node]:
-        """[first video token, number of video tokens] of the queries (side 0) or the keys (side 1)."""
-        pieces = runs(self.state.labels[site.node.args[side]][2])  # type: ignore[index]
+    def _times(self, left: int | fx.Node, right: int | fx.Node) -> int | fx.Node:
+        if isinstance(left, int) and isinstance(right, int):
+            return left * right
+        return emit(self.state, operator.mul, (left, right))
+
+    def span(self, pieces: tuple[Axis, ...], span: Span) -> list[int | fx.Node]:
+        """[first video token, number of video tokens] in a sequence of ``pieces``."""
         ahead, start = [], 0
         for piece in pieces:
             if start == span.start.hint and same(axis_size(piece), span.length):
@@ -224,10 +265,13 @@ class _SizeReader:
             ahead.append(piece)
             start += axis_size(piece).hint
         video = pieces[len(ahead)]
-        lengths = [self.read(axis_size(piece), piece) for piece in ahead]
         first: int | fx.Node = 0
-        for length in lengths:
-            first = length if first == 0 else emit(self.state, operator.add, (first, length))
+        for piece in ahead:
+            length = self.read(axis_size(piece), piece)
+            if isinstance(first, int) and isinstance(length, int):
+                first += length
+            else:
+                first = emit(self.state, operator.add, (first, length))
         return [first, self.read(span.length, video)]
 
     def grid(self, site: AttentionSite) -> list[int | fx.Node]:

@@ -1,34 +1,48 @@
 """normalize: every spelling of attention becomes one canonical call.
 
-The canonical form is ``scaled_dot_product_attention(q, k, v, attn_mask=, dropout_p=, is_causal=, scale=,
-enable_gqa=)`` with q, k, v by position and all of the rest by name. Two sources:
+The canonical form and how it takes another's place are in :mod:`fpscompile.passes.canonical`. Each family of
+spellings has a file of its own:
 
-1. SDPA calls in any argument style: rewritten in place, arguments only.
-2. ``softmax(q @ k^T * scale + mask) @ v`` written out with matmul, bmm, baddbmm or einsum: matched by
-   :mod:`fpscompile.passes.softmax_pattern`, replaced as a whole or left alone as a whole.
+- ``spelling_sdpa``: PyTorch's call in any argument style, 3-D or 4-D;
+- ``softmax_pattern``: ``softmax(q @ k^T * scale + mask) @ v`` written out with matmul, bmm, baddbmm or einsum;
+- ``spelling_flash``, ``spelling_varlen``: flash-attn's and xformers' ops, dense and packed;
+- ``spelling_autograd``: those ops inside an ``autograd.Function``, as training captures them;
+- ``spelling_flex``: ``flex_attention``;
+- ``spelling_mha``: ``nn.MultiheadAttention``;
+- ``spelling_chunks``: calls on consecutive slices of the queries, put together again.
 
-A match that fails half way is a near miss: it is recorded with the reason and the graph stays as it was.
-First in the pipeline, so that all later passes know one spelling.
+A match that fails half way is a near miss: it is recorded with the reason and the graph stays as it was. A match that
+asks for more than attention (dropout, a causal mask) is spelled canonically for find_sites to see, declined with its
+reason, and the author's own again in the end. First in the pipeline, so that all later passes know one spelling.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 from torch import fx
-from torch.nn import functional as F
 
-from fpscompile.passes.base import GraphState, argument, target_name
-from fpscompile.passes.softmax_pattern import Match, match_softmax
+from fpscompile.passes.base import GraphState, target_name
+from fpscompile.passes.canonical import is_canonical
+from fpscompile.passes.softmax_pattern import normalize_softmax
+from fpscompile.passes.spelling_autograd import normalize_autograd
+from fpscompile.passes.spelling_chunks import join_chunks
+from fpscompile.passes.spelling_flash import is_declared, normalize_flash
+from fpscompile.passes.spelling_flex import normalize_flex
+from fpscompile.passes.spelling_mha import normalize_mha
+from fpscompile.passes.spelling_sdpa import normalize_sdpa
+from fpscompile.passes.subgraphs import open_bodies
 
-SDPA_ARGUMENTS: tuple[tuple[str, Any], ...] = (
-    ("attn_mask", None),
-    ("dropout_p", 0.0),
-    ("is_causal", False),
-    ("scale", None),
-    ("enable_gqa", False),
-)
+__all__ = ["Normalize", "is_canonical"]
+
+SPELLINGS = {
+    "scaled_dot_product_attention": normalize_sdpa,
+    "softmax": normalize_softmax,
+    "_softmax": normalize_softmax,
+    "hop::flex_attention": normalize_flex,
+    "hop::autograd_function_apply": normalize_autograd,
+    "multi_head_attention_forward": normalize_mha,
+}
 
 
 @dataclass(frozen=True)
@@ -36,36 +50,16 @@ class Normalize:
     name: str = "normalize"
 
     def run(self, state: GraphState) -> bool:
-        modified = False
-        for node in list(state.graph.nodes):
-            if node.op not in ("call_function", "call_method"):
-                continue
-            name = target_name(node)
-            if name == "scaled_dot_product_attention":
-                modified |= canonicalize(node)
-            elif name in ("softmax", "_softmax"):
-                found = match_softmax(node)
-                if isinstance(found, Match):
-                    found.replace(state)
-                    modified = True
-                elif found is not None:
-                    state.near_misses.append(found)
+        modified = open_bodies(state)
+        for graph in state.everywhere():
+            for node in list(graph.graph.nodes):
+                if node.op in ("call_function", "call_method") and not node._erased:
+                    modified |= _spell(graph, node)
+            modified |= join_chunks(graph)
         return modified
 
 
-def canonicalize(node: fx.Node) -> bool:
-    """Bring an SDPA call into canonical argument style, in place."""
-    query, key, value = (argument(node, i, name) for i, name in enumerate(("query", "key", "value")))
-    kwargs = {
-        name: argument(node, 3 + i, name, default) if i < 3 else node.kwargs.get(name, default)
-        for i, (name, default) in enumerate(SDPA_ARGUMENTS)
-    }
-    before = (node.target, node.args, node.kwargs)
-    node.target = F.scaled_dot_product_attention
-    node.args = (query, key, value)
-    node.kwargs = kwargs
-    return before != (node.target, node.args, node.kwargs)
-
-
-def is_canonical(node: fx.Node) -> bool:
-    return node.op == "call_function" and node.target is F.scaled_dot_product_attention
+def _spell(state: GraphState, node: fx.Node) -> bool:
+    name = target_name(node)
+    rule = SPELLINGS.get(name) or (normalize_flash if is_declared(name) else None)
+    return rule(state, node) if rule is not None else False

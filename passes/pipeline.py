@@ -10,6 +10,7 @@ from fpscompile.passes.find_sites import FindSites
 from fpscompile.passes.lower_sites import LowerSites
 from fpscompile.passes.normalize import Normalize
 from fpscompile.passes.plan_sites import PlanSites
+from fpscompile.passes.restore import Restore
 from fpscompile.passes.trace_axes import TraceAxes
 from fpscompile.records import PassRecord
 
@@ -19,6 +20,7 @@ PIPELINE: tuple[Pass, ...] = (
     FindSites(),
     PlanSites(),
     LowerSites(),
+    Restore(),
 )
 
 
@@ -37,8 +39,10 @@ def run_pipeline(
         began = time.perf_counter()
         modified = step.run(state)
         if modified:
-            state.graph.lint()
+            for graph in state.everywhere():
+                graph.graph.lint()
         records.append(PassRecord(step.name, time.perf_counter() - began, modified))
     if any(record.modified for record in records):
-        state.gm.recompile()
+        for graph in state.everywhere():
+            graph.gm.recompile()
     return records

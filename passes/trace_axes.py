@@ -9,16 +9,20 @@ Changes nothing in the graph. Runs after normalize, whose canonical calls it lab
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import sympy
 import torch
 from torch import fx
+from torch.utils._sympy.symbol import SymT, symbol_is_type
 
-from fpscompile.passes.axes import INPUT, PARAMETER, Label, axis_size, fresh, leaves, same
+from fpscompile.ir import Size
+from fpscompile.passes.axes import INPUT, PARAMETER, Axis, Label, axis_size, fresh, information, leaves, same
 from fpscompile.passes.axis_rules import RULES, broadcast, index_label, keeps_positions
-from fpscompile.passes.base import GraphState, fake_tensor, fake_value, shape_of, size_of, target_name
+from fpscompile.passes.base import STAND_IN, GraphState, fake_tensor, fake_value, shape_of, size_of, target_name
+from fpscompile.passes.subgraphs import operands, results
 
 
 @dataclass(frozen=True)
@@ -26,12 +30,23 @@ class TraceAxes:
     name: str = "trace_axes"
 
     def run(self, state: GraphState) -> bool:
-        tracer = Tracer()
+        tracer = Tracer(bodies={child.call: child for graph in state.everywhere() for child in graph.children})
         for node in state.graph.nodes:
             tracer.visit(node)
-        state.labels = tracer.labels
+        for graph in state.everywhere():
+            graph.labels = tracer.labels
+            graph.meetings = tracer.meetings
         state.homes = tracer.homes
         return False
+
+
+@dataclass(frozen=True)
+class Meeting:
+    """A tensor that met others element by element: position i of its ``dim`` is position i of theirs."""
+
+    axis: Axis
+    node: fx.Node
+    dim: int
 
 
 @dataclass
@@ -41,31 +56,100 @@ class Tracer:
     labels: dict[fx.Node, Label] = field(default_factory=dict)
     several: dict[fx.Node, list[Label]] = field(default_factory=dict)
     homes: dict[sympy.Expr, tuple[fx.Node, int]] = field(default_factory=dict)
+    bodies: dict[fx.Node | None, GraphState] = field(default_factory=dict)
+    """Higher-order ops that are looked into."""
+    reads: dict[fx.Node, int] = field(default_factory=dict)
+    """Which inputs of the call (not weights) each tensor depends on, one bit each."""
+    inputs: int = 0
+    learned: dict[sympy.Symbol, Size] = field(default_factory=dict)
+    """Sizes that depend on data, as far as others determine them."""
+    hints: dict[sympy.Symbol, sympy.Integer] = field(default_factory=dict)
+    """Values of the symbols that some size consists of."""
+    meetings: dict[Axis, list[Meeting]] = field(default_factory=dict)
+    """By the axis that was kept: what it met under another name, such as a table of positions."""
 
     def label(self, node: Any) -> Label:
         """Label of a tensor node."""
         if node not in self.labels:
-            self.labels[node] = tuple(fresh(node.name, dim, size) for dim, size in enumerate(shape_of(node)))
+            self.labels[node] = tuple(fresh(node.name, dim, size) for dim, size in enumerate(self.shape(node)))
         return self.labels[node]
 
     def outputs(self, node: fx.Node) -> list[Label] | None:
         """Labels of a node with several outputs, when a rule gave them."""
         return self.several.get(node)
 
+    def shape(self, node: Any) -> tuple[Size, ...]:
+        """Sizes of a tensor node, with what was learned of sizes that depend on data."""
+        return tuple(self.resolve(size) for size in shape_of(node))
+
+    def resolve(self, size: Size) -> Size:
+        """``size`` with what was learned of sizes that depend on data."""
+        if not size.expr.free_symbols & self.learned.keys():
+            return size
+        hints = {symbol: self.hints.get(symbol, STAND_IN) for symbol in size.expr.free_symbols}
+        hints |= {symbol: sympy.Integer(known.hint) for symbol, known in self.learned.items()}
+        known = {symbol: known.expr for symbol, known in self.learned.items()}
+        return Size(size.expr.xreplace(known), int(size.expr.xreplace(hints)))
+
+    def learn(self, size: Size, known: Size) -> Size:
+        """``known``, which a size is equal to. Where the size is a symbol of its own, it is known from now on."""
+        if size.expr == known.expr or not size.expr.is_symbol or not symbol_is_type(size.expr, SymT.UNBACKED_INT):
+            return size
+        self.learned[size.expr] = known
+        return known
+
+    def not_negative(self, expr: sympy.Expr) -> bool:
+        """Whether an expression is a sum or product of numbers and tensor sizes, none of them negative."""
+        if expr.is_number:
+            return bool(expr >= 0)
+        if expr in self.homes:
+            return True
+        return isinstance(expr, (sympy.Add, sympy.Mul)) and all(self.not_negative(term) for term in expr.args)
+
+    def meet(self, operands: Sequence[tuple[Axis, fx.Node, int]]) -> Axis:
+        """The label of a dimension where operands (label, tensor, dimension) meet element by element.
+
+        All index the same positions. Kept is the name that says most; among equals the one that the tokens carry
+        through the model: that of the operand which depends on most of the call's inputs (a table of positions or a
+        modulation depends on few); then the first. The others are remembered.
+        """
+        known = [operand for operand in operands if operand[0]]
+        if not known:
+            return ()
+        kept = max(known, key=lambda o: (information(o[0]), self.reads.get(o[1], 0).bit_count()))[0]
+        for axis, node, dim in known:
+            if axis != kept:
+                self.meetings.setdefault(kept, []).append(Meeting(axis, node, dim))
+        return kept
+
     def visit(self, node: fx.Node) -> None:
+        for source in self._read(node):
+            self.reads[node] = self.reads.get(node, 0) | self.reads.get(source, 0)
         if node.op == "placeholder" or node.op == "get_attr":
             self._input(node)
         elif node.op in ("call_function", "call_method"):
             self._call(node)
 
+    def _read(self, node: fx.Node) -> list[fx.Node]:
+        """The operands whose values a node reads: of ``type_as`` and kin the first only."""
+        if node.op in ("call_function", "call_method") and target_name(node).endswith(("_as", "_like")):
+            return node.all_input_nodes[:1]
+        return node.all_input_nodes
+
     def _input(self, node: fx.Node) -> None:
         if fake_tensor(node) is None:
             return
         source = PARAMETER if is_parameter(node) else INPUT
-        label = tuple(fresh(node.name, dim, size, source) for dim, size in enumerate(shape_of(node)))
+        if source == INPUT:
+            self.reads[node] = 1 << self.inputs
+            self.inputs += 1
+        label = tuple(fresh(node.name, dim, size, source) for dim, size in enumerate(self.shape(node)))
         self._assign(node, label)
 
     def _call(self, node: fx.Node) -> None:
+        if node in self.bodies:
+            self._body(node, self.bodies[node])
+            return
         name = target_name(node)
         if name == "setitem":
             self._setitem(node)
@@ -87,8 +171,21 @@ class Tracer:
         elif isinstance(result, list):
             self.several[node] = result
 
+    def _body(self, node: fx.Node, body: GraphState) -> None:
+        """A body runs on the operands' labels; its sizes are no homes for the graph around it."""
+        outside, self.homes = self.homes, {}
+        for inner, operand in operands(body):
+            if fake_tensor(inner) is not None and fake_tensor(operand) is not None:
+                self._assign(inner, self.label(operand))
+                self.reads[inner] = self.reads.get(operand, 0)  # type: ignore[call-overload]  # a fake tensor's node
+        for inner in body.graph.nodes:
+            if inner.op != "placeholder":
+                self.visit(inner)
+        self.several[node] = [self.label(r) if fake_tensor(r) is not None else () for r in results(body)]
+        self.homes = outside
+
     def _assign(self, node: fx.Node, label: Label | None) -> None:
-        sizes = shape_of(node)
+        sizes = self.shape(node)
         if label is None or len(label) != len(sizes):
             label = tuple(fresh(node.name, dim, size) for dim, size in enumerate(sizes))
         checked = []
@@ -98,6 +195,8 @@ class Tracer:
                 axis = fresh(node.name, dim, size)
             if not size.expr.is_number:
                 self.homes.setdefault(size.expr, (node, dim))
+                if size.expr.is_symbol:
+                    self.hints[size.expr] = sympy.Integer(size.hint)
             checked.append(axis)
         self.labels[node] = tuple(checked)
 
@@ -106,19 +205,23 @@ class Tracer:
         target, index, value = node.args
         if not isinstance(target, fx.Node) or fake_tensor(target) is None or not isinstance(value, fx.Node):
             return
+        self.reads[target] = self.reads.get(target, 0) | self.reads.get(value, 0)
         written = fake_tensor(value)
         if written is None:
             return
         label = self.label(target)
-        sizes = shape_of(target)
+        sizes = self.shape(target)
         # The region's own shape: sizes of x[index], read off the value broadcast to it.
         try:
+            if any(fake_tensor(item) is not None for item in (index if isinstance(index, tuple) else (index,))):
+                raise LookupError  # data chooses the places
             region = fake_tensor(target)[_plain(index)]  # type: ignore[index]
-            part = index_label(label, sizes, index, [size_of(s) for s in region.shape], f"{node.name}.region")
+            part = index_label(self, label, sizes, index, [size_of(s) for s in region.shape], f"{node.name}.region")
         except Exception:  # an index a fake tensor cannot evaluate here: treat as unknown
             part = None
         if part is None:
-            self.labels[target] = tuple(fresh(node.name, dim, size) for dim, size in enumerate(sizes))
+            # Tokens put in places that data chooses: an order of their own, but still the call's data.
+            self.labels[target] = tuple(fresh(node.name, dim, size, INPUT) for dim, size in enumerate(sizes))
             return
         given = self.label(value)
         conflict = set()
@@ -127,7 +230,7 @@ class Tracer:
                 conflict.add(part[-back])
         if conflict:
             self.labels[target] = tuple(
-                fresh(node.name, dim, size) if axis in conflict or _touches(axis, conflict) else axis
+                fresh(node.name, dim, size, INPUT) if axis in conflict or _touches(axis, conflict) else axis
                 for dim, (axis, size) in enumerate(zip(label, sizes, strict=True))
             )
 
@@ -147,7 +250,8 @@ def is_parameter(node: fx.Node) -> bool:
     if node.op == "get_attr" or isinstance(fake_tensor(node), torch.nn.Parameter):
         return True
     source = source_name(node)
-    return "_parameters" in source or "_buffers" in source
+    # A tensor that a submodule keeps as a plain attribute is the model's too (a precomputed rotary table).
+    return any(name in source for name in ("_parameters", "_buffers", "_modules"))
 
 
 def source_name(node: fx.Node) -> str:

@@ -151,8 +151,8 @@ def backward(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Gradients of q, k and v; see :mod:`fpscompile.gpu.gradients`.
 
-    With ``quant="fp8"`` on a GPU they come from :mod:`fpscompile.lowerings.gather`, which waits for the phase and is far
-    slower: the FP8 kernels are right in the interpreter, but not every shape of theirs has been seen right on a GPU.
+    With ``quant="fp8"`` on a GPU they come from :mod:`fpscompile.lowerings.gather`, which waits for the phase and is
+    far slower: the FP8 kernels are right in the interpreter, but were not seen right on a GPU in every shape.
     """
     from fpscompile.gpu import gradients
 

@@ -108,7 +108,17 @@ def grouped(video: torch.Tensor) -> torch.Tensor:
     return F.scaled_dot_product_attention(q, q[:, :1], q[:, :1], enable_gqa=True)
 
 
+def three_dimensional_q(video: torch.Tensor) -> torch.Tensor:
+    x = tokens_of(video)
+    return F.scaled_dot_product_attention(x, x, x)
+
+
 TEXT = torch.randn(2, 7, HEADS * D)
+
+
+def two_videos(video: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
+    return self_attention(torch.cat([tokens_of(video), tokens_of(other)], dim=1))
+
 
 REWRITTEN: dict[str, tuple[Attention, tuple[torch.Tensor, ...], tuple[tuple[str, int], ...]]] = {
     "plain": (plain, (latent(),), (("video", 60),)),
@@ -122,6 +132,10 @@ REWRITTEN: dict[str, tuple[Attention, tuple[torch.Tensor, ...], tuple[tuple[str,
     "key_mask": (key_mask, (latent(),), (("video", 60),)),
     "repeated_key_mask": (repeated_key_mask, (latent(),), (("video", 60),)),
     "grouped": (grouped, (latent(),), (("video", 60),)),
+    "two_videos": (two_videos, (latent(), latent()), (("other", 60), ("video", 60))),
+    "history": (two_videos, (latent(t=2), latent()), (("other", 40), ("video", 60))),
+    "history_behind": (two_videos, (latent(), latent(t=2)), (("video", 60), ("other", 40))),
+    "no heads": (three_dimensional_q, (latent(),), (("video", 60),)),
 }
 
 
@@ -195,12 +209,8 @@ def rolled(video: torch.Tensor) -> torch.Tensor:
     return self_attention(tokens_of(video).roll(3, 1))
 
 
-def two_videos(video: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
-    return self_attention(torch.cat([tokens_of(video), tokens_of(other)], dim=1))
-
-
-def three_dimensional_q(video: torch.Tensor) -> torch.Tensor:
-    x = tokens_of(video)
+def five_dimensional_q(video: torch.Tensor) -> torch.Tensor:
+    x = heads(tokens_of(video))[None]
     return F.scaled_dot_product_attention(x, x, x)
 
 
@@ -217,8 +227,7 @@ DECLINED: dict[str, tuple[Attention, tuple[torch.Tensor, ...], str, str]] = {
     "flipped values": (flipped_values, (latent(),), "other", "segments"),
     "another video": (keys_of_another_video, (latent(), latent()), "cross", "kind"),
     "rolled": (rolled, (latent(),), "other", "no-grid"),
-    "two videos": (two_videos, (latent(), latent()), "3d", "segments"),
-    "no heads": (three_dimensional_q, (latent(),), "other", "layout"),
+    "five dimensions": (five_dimensional_q, (latent(),), "other", "layout"),
 }
 
 

@@ -1,0 +1,64 @@
+"""Which nodes write in place, and which tensors may share memory: what may not be moved past what."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import fx
+
+from fpscompile.passes.base import fake_tensor, target_name, words
+
+IN_PLACE = words("add sub mul truediv floordiv pow mod matmul and or xor lshift rshift")
+
+MAY_ALIAS = words(
+    "view reshape flatten unflatten squeeze unsqueeze view_as reshape_as ravel permute transpose swapaxes swapdims t "
+    "movedim moveaxis expand expand_as broadcast_to split chunk tensor_split unbind select narrow getitem getattr "
+    "to type type_as float double half bfloat16 contiguous detach alias view_as_real view_as_complex diagonal "
+    "requires_grad_ as_strided unfold numpy_T cuda cpu real imag"
+)
+"""Ops whose output may be a view of their first operand."""
+
+
+def mutates(node: fx.Node) -> bool:
+    """Whether a node may write into one of its operands: in-place methods and operators, ``out=``, mutating ops."""
+    if node.op not in ("call_function", "call_method"):
+        return False
+    name = target_name(node).rpartition("::")[2]
+    if isinstance(node.target, torch._ops.OpOverloadPacket):
+        overloads = [getattr(node.target, overload) for overload in node.target.overloads()]
+        return any(overload._schema.is_mutable for overload in overloads)
+    if isinstance(node.target, torch._ops.OpOverload):
+        return bool(node.target._schema.is_mutable)
+    if name == "setitem" or (name.endswith("_") and not name.endswith("__")) or node.kwargs.get("out") is not None:
+        return True
+    in_place = node.op == "call_function" and getattr(node.target, "__module__", "") == "_operator"
+    return (in_place and name.startswith("i") and name[1:] in IN_PLACE) or node.kwargs.get("inplace") is True
+
+
+def base_of(node: Any) -> Any:
+    """The node whose memory ``node`` may be a view of."""
+    while isinstance(node, fx.Node) and node.op in ("call_function", "call_method"):
+        name = target_name(node)
+        if name not in MAY_ALIAS and not mutates(node):
+            return node
+        source = node.args[0] if node.args else node.kwargs.get("input")
+        if not isinstance(source, fx.Node):
+            return node
+        node = source
+    return node
+
+
+def written_between(first: fx.Node, last: fx.Node, tensors: Iterable[Any], own: Iterable[fx.Node]) -> fx.Node | None:
+    """A node strictly between two nodes, not one of ``own``, that may write into one of ``tensors``."""
+    bases = {base_of(tensor) for tensor in tensors if isinstance(tensor, fx.Node)}
+    owned = set(own)
+    node = first.next
+    while node is not last and node.op != "root":
+        if node not in owned and mutates(node):
+            targets = [arg for arg in node.all_input_nodes if fake_tensor(arg) is not None]
+            if any(base_of(target) in bases for target in targets):
+                return node
+        node = node.next
+    return None

@@ -1,0 +1,206 @@
+"""Where the grid of a run of tokens is learned: its label, what it met in the graph, or the values of a rotary table.
+
+1. The run is the product of three axes of one input, such as a 5-D latent: those, in row-major order.
+2. The run is opaque (tokens arrive packed), but a tensor that it met element by element is a product of three: axes
+   of one input, or three counted ones (``meshgrid`` of ``arange``). Their order is taken for (t, h, w).
+3. A table that it met has values that prove a grid (:mod:`fpscompile.rotary_grid`). The part of the graph that makes
+   the table is evaluated once on the call's own inputs; at run time the compiled graph reads its table anew.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import sympy
+import torch
+from torch import fx
+from torch.utils._python_dispatch import _disable_current_modes
+
+from fpscompile.ir import Reason, Rejection, Size
+from fpscompile.passes.axes import INPUT, Atom, Axis, Slice, axis_size, describe, root
+from fpscompile.passes.base import GraphState, fake_tensor, fake_value, shape_of, target_name
+from fpscompile.passes.trace_axes import Meeting, is_parameter
+from fpscompile.rotary_grid import grid_of_table
+
+logger = logging.getLogger(__name__)
+
+Grid = tuple[Size, Size, Size]
+MOST_NODES = 400
+"""A rotary table takes some dozens of nodes; what takes more is no table."""
+
+
+def grid_of(axis: Axis) -> Grid | Rejection | None:
+    """(t, h, w) of a run of tokens; a Rejection when it is a video in another order; None when it is no video."""
+    atoms = [factor for factor in axis if isinstance(factor, Atom)]
+    if len(atoms) != len(axis) or len(axis) < 3:
+        return None
+    roots = [lead for factor in atoms if (lead := root((factor,))) is not None]
+    if len(roots) != len(atoms):
+        return None
+    if all(lead.role == "counted" for lead in roots):
+        if len({lead.name for lead in roots}) != 3 or len(axis) != 3:
+            return None
+    else:
+        origins = {lead.origin for lead in roots if lead.source == INPUT}
+        if len(origins) != 1 or any(lead.source != INPUT for lead in roots):
+            return None
+        if len(axis) > 3:
+            return Rejection(
+                Reason.TOKEN_ORDER,
+                f"the tokens are an interleaving of {len(axis)} axes ({describe(axis)}), not row-major (t, h, w)",
+                describe(axis),
+            )
+        dims = [lead.dim for lead in roots]
+        if len(set(dims)) == 1:
+            return None  # one axis taken apart: nothing says that its parts are (t, h, w)
+        if dims != sorted(set(dims)):
+            return Rejection(
+                Reason.TOKEN_ORDER,
+                f"the tokens run over dimensions {dims} of {next(iter(origins))}, not in row-major (t, h, w) order",
+                dims,
+            )
+    t, h, w = (factor.size for factor in atoms)
+    return (t, h, w) if t.hint > 1 else None
+
+
+def proven(state: GraphState, run: Axis) -> Grid | Rejection | None:
+    """The grid that the graph shows for a run: its own, or that of what an opaque run met. Disagreement is none."""
+    own = grid_of(run)
+    if own is not None or not opaque(run):
+        return own
+    found: list[Grid] = []
+    for meeting in state.meetings.get(run, ()):
+        other = grid_of(meeting.axis)
+        if isinstance(other, Rejection):
+            return other
+        if other is not None and not any(_alike(other, grid) for grid in found):
+            found.append(other)
+    return found[0] if len(found) == 1 else None
+
+
+def _alike(left: Grid, right: Grid) -> bool:
+    return all(a.hint == b.hint for a, b in zip(left, right, strict=True))
+
+
+def opaque(run: Axis) -> bool:
+    """Whether a run's label says nothing of what it is made of."""
+    return len(run) == 1 and (
+        (isinstance(run[0], Atom) and run[0].role in ("root", "chosen")) or isinstance(run[0], Slice)
+    )
+
+
+@dataclass(frozen=True)
+class RotaryTable:
+    """A tensor of the graph whose rows [start, start + count) along ``dim`` show the grid."""
+
+    node: fx.Node
+    dim: int
+    start: Size
+    count: Size
+    grid: Grid
+
+
+def rotary_table(state: GraphState, run: Axis) -> RotaryTable | None:
+    """A table that an opaque run met and whose values prove a grid for the run, or for its head or tail."""
+    if not opaque(run):
+        return None
+    found: dict[tuple[int, int, int, int], RotaryTable] = {}
+    for meeting in _tables(state, run):
+        table = _values(state, meeting.node)
+        if table is None:
+            continue
+        for start, count in _parts(state, axis_size(run)):
+            grid = grid_of_table(table, meeting.dim, start.hint, count.hint)
+            if grid is not None:
+                t, h, w = (Size(sympy.Integer(n), n) for n in grid)
+                key = (start.hint, *grid)
+                found.setdefault(key, RotaryTable(meeting.node, meeting.dim, start, count, (t, h, w)))
+                break
+    return next(iter(found.values())) if len(found) == 1 else None
+
+
+def _tables(state: GraphState, run: Axis) -> Iterator[Meeting]:
+    """Tensors that the run met and that could be tables: real or complex numbers, many columns per token."""
+    seen = set()
+    for meeting in state.meetings.get(run, ()):
+        value = fake_tensor(meeting.node)
+        if meeting.node in seen or value is None or not (value.is_floating_point() or value.is_complex()):
+            continue
+        columns = [size.hint for dim, size in enumerate(shape_of(meeting.node)) if dim != meeting.dim]
+        if max(columns, default=1) >= 3:
+            seen.add(meeting.node)
+            yield meeting
+
+
+def _parts(state: GraphState, length: Size) -> Iterator[tuple[Size, Size]]:
+    """The whole run, then its tails and heads as long as some input of the call is."""
+    zero = Size(sympy.Integer(0), 0)
+    yield zero, length
+    lengths: dict[sympy.Expr, Size] = {}
+    for node in state.graph.nodes:
+        if node.op == "placeholder" and fake_tensor(node) is not None and not is_parameter(node):
+            for size in shape_of(node):
+                if 8 <= size.hint < length.hint and 2 * size.hint > length.hint:
+                    lengths[size.expr] = size
+    for size in lengths.values():
+        yield Size(length.expr - size.expr, length.hint - size.hint), size
+        yield zero, size
+
+
+def _values(state: GraphState, node: fx.Node) -> torch.Tensor | None:
+    """The tensor that a node computes in the call being compiled, or None when that is unknown or no small matter."""
+    needed: dict[fx.Node, None] = {}
+    stack = [node]
+    while stack:
+        current = stack.pop()
+        if current in needed:
+            continue
+        needed[current] = None
+        stack.extend(current.all_input_nodes)
+        # What is written in place reads like its source; the writes belong to it.
+        stack.extend(user for user in current.users if target_name(user) == "setitem" and user.args[0] is current)
+        if len(needed) > MOST_NODES:
+            return None
+    environment: dict[fx.Node, Any] = {}
+    try:
+        with _disable_current_modes(), torch.no_grad():
+            for current in state.graph.nodes:
+                if current in needed:
+                    environment[current] = _run(state, current, environment)
+    except Exception:  # whatever stands in the way, the table is unknown then
+        logger.debug("the values of %s are unknown", node, exc_info=True)
+        return None
+    value = environment.get(node)
+    return value if isinstance(value, torch.Tensor) else None
+
+
+def _run(state: GraphState, node: fx.Node, environment: dict[fx.Node, Any]) -> Any:
+    if node.op == "placeholder":
+        return _example(node)
+    if node.op == "get_attr":
+        value: Any = state.gm
+        for name in str(node.target).split("."):
+            value = getattr(value, name)
+        return value
+    args = fx.map_arg(node.args, environment.__getitem__)
+    kwargs = fx.map_arg(node.kwargs, environment.__getitem__)
+    if node.op == "call_method":
+        return getattr(args[0], str(node.target))(*args[1:], **kwargs)
+    if node.op != "call_function":
+        raise LookupError(node)
+    return node.target(*args, **kwargs)  # type: ignore[operator]
+
+
+def _example(node: fx.Node) -> Any:
+    """The value of an input in this call: a copy, for what is evaluated may write into it."""
+    value = fake_value(node)
+    if isinstance(value, (torch.SymInt, int)):
+        return int(value.node.hint) if isinstance(value, torch.SymInt) else value
+    argument = node.meta.get("grapharg")
+    example = argument.example if argument is not None else None
+    if not isinstance(example, torch.Tensor) or isinstance(example, torch._subclasses.FakeTensor):
+        raise LookupError(node)
+    return example.detach().clone()
