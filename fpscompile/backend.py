@@ -16,6 +16,7 @@ from torch import fx
 
 from fpscompile import runtime
 from fpscompile.errors import CompilerMissingError, OptionError, StrictError
+from fpscompile.graph_breaks import notes_on_breaks
 from fpscompile.graph_view import neighbourhood
 from fpscompile.ir import AttentionSite, Reason
 from fpscompile.passes.base import GraphState, fake_tensor, module_path
@@ -96,6 +97,8 @@ def rewrite(gm: fx.GraphModule, settings: Settings, *, detail: bool = False) -> 
     record.sites = [_site_record(state, site) for site in state.sites]
     for miss in state.near_misses:
         state.note("info", f"near-miss-{miss.code.value}", f"{miss.node}: {miss.message}")
+    if not os.environ.get("FPS_DISABLE", "0").strip("0"):
+        state.notes += notes_on_breaks(gm, record.sites)
     record.notes = state.notes
     record.progress_source = state.progress_source
     record.seconds = sum(step.seconds for step in record.passes)

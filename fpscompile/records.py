@@ -32,7 +32,7 @@ class SiteRecord:
     grid: tuple[int, int, int] | None
     """Video tokens along (t, h, w)."""
     grid_source: str | None
-    """"graph", "options" or "attach": who told the grid."""
+    """"graph", "options", "attach" or "rotary": who told the grid."""
     segments: tuple[tuple[str, int], ...]
     """Runs of the query sequence, in order: ("video" | "other", tokens)."""
     rewritten: bool

@@ -20,6 +20,7 @@ GRID_SOURCES = {
     "graph": "read from the graph",
     "options": 'given as options["grid"]',
     "attach": "published by fpscompile.attach",
+    "rotary": "read off the values of a rotary table, at each call",
 }
 
 

@@ -21,6 +21,9 @@ MAY_ALIAS = words(
 """Ops whose output may be a view of their first operand."""
 
 
+MODES = words("_enter_autocast _exit_autocast _set_grad_enabled _enter_inference_mode _exit_inference_mode")
+
+
 def mutates(node: fx.Node) -> bool:
     """Whether a node may write into one of its operands: in-place methods and operators, ``out=``, mutating ops."""
     if node.op not in ("call_function", "call_method"):
@@ -60,5 +63,15 @@ def written_between(first: fx.Node, last: fx.Node, tensors: Iterable[Any], own: 
             targets = [arg for arg in node.all_input_nodes if fake_tensor(arg) is not None]
             if any(base_of(target) in bases for target in targets):
                 return node
+        node = node.next
+    return None
+
+
+def mode_changes_between(first: fx.Node, last: fx.Node) -> fx.Node | None:
+    """A node between two nodes that turns autocast or gradients on or off."""
+    node = first.next
+    while node is not last and node.op != "root":
+        if node.op == "call_function" and target_name(node).rpartition("::")[2] in MODES:
+            return node
         node = node.next
     return None

@@ -238,7 +238,7 @@ def pinned(value: Any) -> Any:
     pinned.
     """
     scalar = fake_value(value)
-    return float(scalar) if isinstance(scalar, torch.SymFloat) else value
+    return float(scalar) if isinstance(scalar, torch.SymFloat) and scalar.node.has_hint() else value
 
 
 def words(text: str) -> frozenset[str]:

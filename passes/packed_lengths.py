@@ -14,7 +14,7 @@ import sympy
 import torch
 from torch import fx
 
-from fpscompile.passes.aliasing import mutates
+from fpscompile.passes.aliasing import MAY_ALIAS, mutates
 from fpscompile.passes.base import argument, fake_tensor, fake_value, shape_of, size_of, target_name
 
 CASTS = frozenset(["to", "int", "long", "contiguous", "clone", "cuda", "cpu", "type"])
@@ -101,13 +101,14 @@ def _written(vector: fx.Node, found: list[Boundary] | None, before: fx.Node) -> 
             if found is None or value is None or not isinstance(index, int) or not -len(found) <= index < len(found):
                 return None
             found[index] = value
-        elif mutates(user) or (target_name(user) in ("view", "getitem", "narrow", "select") and _is_written(user)):
+        elif mutates(user) or (target_name(user) in MAY_ALIAS and _is_written(user)):
             return None
     return found
 
 
 def _is_written(view: fx.Node) -> bool:
-    return any(mutates(user) for user in view.users)
+    """Whether someone writes through a view, or a view of it."""
+    return any(mutates(user) or (target_name(user) in MAY_ALIAS and _is_written(user)) for user in view.users)
 
 
 def scalar(value: Any, before: fx.Node) -> Boundary | None:

@@ -8,7 +8,8 @@ Read backwards from the softmax to a product of two tensors, and forwards to a s
 3. Between the softmax and the second product lie only such casts and a dropout that does nothing.
 4. Scores and weights have no other reader.
 5. Both products contract exactly what attention contracts: features, then keys; batch dimensions agree.
-6. Nothing writes into q, k or the mask between the two products: the one call reads them at the second.
+6. Nothing writes into q, k or the mask between the two products, and neither autocast nor the grad mode changes: the
+   one call reads and computes at the second.
 
 Every violation is a :class:`~fpscompile.ir.Rejection` that names the node. Dropout alone is a site, declined.
 """
@@ -22,7 +23,7 @@ import torch
 from torch import fx
 
 from fpscompile.ir import Reason, Rejection
-from fpscompile.passes.aliasing import written_between
+from fpscompile.passes.aliasing import mode_changes_between, written_between
 from fpscompile.passes.axes import same
 from fpscompile.passes.base import GraphState, argument, fake_tensor, fake_value, pinned, shape_of, target_name
 from fpscompile.passes.contraction import PRODUCTS, Contraction, read_contraction
@@ -79,6 +80,9 @@ def match_softmax(softmax: fx.Node) -> Match | Rejection | None:
     writer = written_between(backward.node, forward.node, (scores.left, scores.right, backward.mask), covered)
     if writer is not None:
         return _miss(f"{writer} may write into q, k or the mask before the values are weighed", writer)
+    change = mode_changes_between(backward.node, forward.node)
+    if change is not None:
+        return _miss(f"{change} lies between its two products: they run under different autocast or grad modes", change)
     return Match(
         query=scores.left,
         key=scores.right,

@@ -19,6 +19,7 @@ import torch
 from torch import fx
 
 from fpscompile.ir import Reason, Rejection, Size
+from fpscompile.passes.aliasing import mode_changes_between, written_between
 from fpscompile.passes.axes import Axis, atom
 from fpscompile.passes.base import GraphState, argument, emit, fake_tensor, fake_value, shape_of, size_of, target_name
 from fpscompile.passes.canonical import attention, is_canonical, substitute
@@ -104,6 +105,10 @@ def _problem(node: fx.Node, trails: Sequence[tuple[fx.Node, tuple[fx.Node, ...]]
     mask = first.kwargs["attn_mask"]
     if isinstance(mask, fx.Node) and len(shape_of(mask)) >= 2 and shape_of(mask)[-2].expr != 1:
         return "its masks differ from query to query"
+    earliest = min(calls)
+    read = [tensor for call in calls for tensor in (*call.args[:3], mask)]
+    if written_between(earliest, node, read, ()) is not None or mode_changes_between(earliest, node) is not None:
+        return "its inputs or its modes change between the pieces"
     slices = [_slice_of(call.args[0]) for call in calls]
     if any(item is None for item in slices) or not _cover(slices):  # type: ignore[arg-type]
         return "its queries are not consecutive slices of one tensor"

@@ -275,6 +275,7 @@ def test_hooks_that_move_weights() -> None:
         for grid in [(3, 6, 10), (2, 5, 7)]:
             assert relative(output(model, **wan_inputs(grid)), output(eager, **wan_inputs(grid))) <= 1e-5
     assert set(rewritten(fps)) == {1}
+    assert len(moved) == 4
 
 
 def test_first_block_cache(phases: list[tuple[int, ...]]) -> None:

@@ -24,6 +24,9 @@ OPTIONS = {"quant": "none", "schedule": HALVES, "tile": TILE, "inner": "eager", 
 
 FAMILIES = {entry.family: name for name, entry in reversed(DIFFUSERS_ZOO.items()) if entry.rewritten}
 
+QUICK = {"wan", "hunyuan", "ltx", "helios", "cosmos", "ltx-coords", "cogvideox-5b", "wan-ti2v"}
+"""Families and entries whose further tests run every time."""
+
 
 def relative(actual: torch.Tensor, expected: torch.Tensor) -> float:
     return float((actual - expected).norm() / expected.norm())
@@ -110,3 +113,58 @@ def test_every_call_is_recorded_and_right(name: str) -> None:
     assert windowed.calls == sum(expect.count * expect.repeats for expect in entry.expect if expect.reason is None)
     if entry.rewritten:
         assert relative(actual, expected) > 1e-4
+
+
+def gradients(model: nn.Module, result: torch.Tensor) -> torch.Tensor:
+    grads = torch.autograd.grad(result.square().sum(), list(model.parameters()), allow_unused=True)
+    return torch.cat([grad.flatten() for grad in grads if grad is not None])
+
+
+@pytest.mark.parametrize("family", [pytest.param(f, marks=[] if f in QUICK else pytest.mark.slow) for f in FAMILIES])
+def test_gradients(family: str) -> None:
+    """Of all weights, at once: in the dense half of the schedule they are those of eager."""
+    entry = DIFFUSERS_ZOO[FAMILIES[family]]
+    model, fps = entry.build(), Backend(Settings.from_options(OPTIONS))
+    expected = gradients(model, output(model, **entry.inputs(entry.grid)))
+    with compiled(entry, model, fps) as (run, attachment):
+        attachment.step(0, 2)
+        actual = gradients(model, output(run, **entry.inputs(entry.grid)))
+    assert any(site.rewritten for graph in fps.graphs for site in graph.sites)
+    assert relative(actual, expected) <= 1e-5
+
+
+SEVERAL = [name for name, entry in DIFFUSERS_ZOO.items() if entry.grids]
+
+
+@pytest.mark.parametrize("name", [pytest.param(n, marks=[] if n in QUICK else pytest.mark.slow) for n in SEVERAL])
+def test_grids_in_a_row_make_no_more_graphs_than_another_backend(name: str) -> None:
+    entry, captured = DIFFUSERS_ZOO[name], []
+    model, fps = entry.build(), Backend(Settings.from_options(OPTIONS))
+    with torch.no_grad():
+        with compiled(entry, model, fps) as (run, attachment):
+            attachment.step(0, 2)
+            for grid in entry.grids:
+                assert relative(output(run, **entry.inputs(grid)), output(model, **entry.inputs(grid))) <= 1e-5
+        torch._dynamo.reset()
+        with compiled(entry, model, lambda gm, _: captured.append(gm) or gm) as (run, _):
+            for grid in entry.grids:
+                output(run, **entry.inputs(grid))
+    sites = [site for graph in fps.graphs for site in graph.sites if site.kind == "3d"]
+    assert sites
+    assert all(site.rewritten for site in sites)
+    assert len(fps.graphs) <= len(captured)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [name for name, entry in DIFFUSERS_ZOO.items() if entry.rewritten])
+def test_inductor(name: str) -> None:
+    entry = DIFFUSERS_ZOO[name]
+    model, fps = entry.build(), Backend(Settings.from_options(OPTIONS | {"inner": "inductor"}))
+    with torch.no_grad():
+        expected = output(model, **entry.inputs(entry.grid))
+        with compiled(entry, model, fps) as (run, attachment):
+            attachment.step(0, 2)
+            assert relative(output(run, **entry.inputs(entry.grid)), expected) <= 1e-5
+    assert sum(site.rewritten for graph in fps.graphs for site in graph.sites) == sum(
+        expect.count for expect in entry.expect if expect.reason is None
+    )

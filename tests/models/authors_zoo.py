@@ -74,7 +74,7 @@ AUTHORS: dict[str, Author] = {
     "latte": Author(authors.Latte, VIDEO, (("spatial", "kind"), ("temporal", "kind"))),
     "open-sora-plan": Author(P(authors.OpenSoraPlan, 2), VIDEO, (THREE,), grid=(3, 6, 5)),
     "open-sora-plan-4": Author(P(authors.OpenSoraPlan, 4), VIDEO, (("other", "no-grid"),)),
-    "wan-listed": Author(P(authors.Wan, "sdpa", listed=True), WITH_TEXT, (("other", "no-grid"), CROSS), graphs=3),
+    "wan-listed": Author(P(authors.Wan, "sdpa", listed=True), WITH_TEXT, (THREE, CROSS), graphs=3),
     "wan-listed-attached": Author(
         P(authors.Wan, "sdpa", listed=True), WITH_TEXT, (THREE, CROSS), attach=True, graphs=3
     ),

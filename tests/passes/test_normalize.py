@@ -102,6 +102,13 @@ def keys_written_between(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> t
     return weights @ v + k.mean()
 
 
+def autocast_changed(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    """Scores in full precision, weighing in half."""
+    weights = (q @ k.mT * SCALE).softmax(-1)
+    with torch.autocast("cpu", torch.bfloat16):
+        return weights @ v
+
+
 def relative_bias(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
     return (q @ k.mT * SCALE + q @ v.mT).softmax(-1) @ v
 
@@ -145,6 +152,7 @@ NEAR_MISSES: dict[str, tuple[Attention, str]] = {
     "whole numbers": (whole_numbers, "casts the scores to something else"),
     "broadcast": (broadcast_up, "broadcasts"),
     "keys written": (keys_written_between, "may write into q, k or the mask"),
+    "autocast": (autocast_changed, "different autocast"),
     "doubled mask": (doubled_mask, "added with a factor"),
     "shifted": (shifted, "sub stands between"),
     "powered weights": (powered_weights, "pow stands between the softmax and the values"),

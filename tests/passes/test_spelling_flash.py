@@ -225,6 +225,12 @@ def rewritten_in_place(valid: torch.Tensor, length: int) -> torch.Tensor:
     return ends
 
 
+def written_through_views(valid: torch.Tensor, length: int) -> torch.Tensor:
+    ends = boundaries(valid, length)
+    ends[1:][:1].sub_(1)
+    return ends
+
+
 def another_sum(valid: torch.Tensor, length: int) -> torch.Tensor:
     """Counted over the batch, not over the text."""
     ends = boundaries(valid, length)
@@ -233,7 +239,8 @@ def another_sum(valid: torch.Tensor, length: int) -> torch.Tensor:
 
 
 @pytest.mark.parametrize(
-    "split", [apart, within_the_video, doubled_count, from_values, rewritten_in_place, another_sum]
+    "split",
+    [apart, within_the_video, doubled_count, from_values, rewritten_in_place, written_through_views, another_sum],
 )
 def test_other_packings_are_declined(split: Any) -> None:
     with torch.no_grad():

@@ -7,10 +7,12 @@ from typing import Any
 
 import pytest
 import torch
-from models.toys import HEADS, LENGTH, D, compiled, gradient, heads, latent, tokens_of
+from models.toys import DENSE, HEADS, LENGTH, D, compiled, gradient, heads, latent, tokens_of
 from torch import nn
 from torch.nn import functional as F
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
+
+from fpscompile import Backend, Settings
 
 SCALE = D**-0.5
 # Dynamo takes seconds to trace with symbolic shapes.
@@ -226,7 +228,15 @@ def along_features(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.T
     return torch.cat([written(first, k, v), written(second, k, v)], dim=3)
 
 
-@pytest.mark.parametrize("attention", [swapped, overlapping, own_keys, other_scale, along_features])
+def keys_changed(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    first, second = q.split(30, 2)
+    k = k.clone()
+    done = written(first, k, v)
+    k.mul_(0.5)
+    return torch.cat([done, written(second, k, v)], dim=2)
+
+
+@pytest.mark.parametrize("attention", [keys_changed, swapped, overlapping, own_keys, other_scale, along_features])
 def test_pieces_that_are_no_chunks(attention: Any) -> None:
     def function(video: torch.Tensor) -> torch.Tensor:
         x = heads(video)
@@ -235,3 +245,15 @@ def test_pieces_that_are_no_chunks(attention: Any) -> None:
     outcome = compiled(function, latent())
     assert outcome.untouched
     assert outcome.says("attention in pieces")
+
+
+@pytest.mark.slow
+def test_a_pinned_dropout_rate_is_guarded() -> None:
+    """Dynamic shapes make the rate an input; the compiled code must not outlive its value."""
+    model, video = Multihead(dropout=0.0).train(), latent()
+    fps = Backend(Settings.from_options(DENSE))
+    compiled_model = torch.compile(model, backend=fps, dynamic=True)
+    assert torch.allclose(compiled_model(video), model(video), rtol=1e-4, atol=1e-5)
+    model.attention.dropout = 0.9
+    assert not torch.allclose(compiled_model(video), model.eval()(video), rtol=1e-2, atol=1e-2)
+    assert [[site.reason_code for site in graph.sites] for graph in fps.graphs] == [[None], ["dropout"]]
