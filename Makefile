@@ -14,7 +14,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-slow test-torch211 check format bench clean
+.PHONY: help setup demo test test-slow test-torch211 test-triton36 check format bench clean
 
 help:
 	@sed -n '1,4p' Makefile
@@ -45,6 +45,18 @@ test-torch211: .venv-torch211/constraints.txt
 	@mkdir -p $(@D)
 	@sed -e 's/^torch==.*/torch==2.11.0/' -e 's/^triton==.*/triton==3.6.0/' -e 's/^setuptools==.*/setuptools<82/' $< > $@
 
+# What GPU kernels compile to with the Triton of torch 2.11. Only Triton is installed a second time, in front of the other.
+TRITON36 := .triton36
+BINARY_TESTS := tests/gpu/test_binaries.py tests/gpu/test_training_binaries.py
+
+test-triton36: $(READY) $(TRITON36)/.ready
+	PYTHONPATH=$(CURDIR)/$(TRITON36) $(BIN)/python -c "import triton; assert triton.__version__ == '3.6.0', triton.__file__"
+	PYTHONPATH=$(CURDIR)/$(TRITON36) $(BIN)/python -m pytest -n 2 -m "not slow" $(BINARY_TESTS) $(PYTEST_ARGS)
+
+$(TRITON36)/.ready: | $(READY)
+	$(BIN)/python -m pip install --quiet $(PIP_ARGS) --no-deps --target $(TRITON36) triton==3.6.0
+	@touch $@
+
 check: $(READY)
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
@@ -64,5 +76,5 @@ bench: $(READY)
 	$(BIN)/python benchmarks/readme_figures.py
 
 clean:
-	rm -rf .venv .venv-torch211 build dist out *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf .venv .venv-torch211 $(TRITON36) build dist out *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

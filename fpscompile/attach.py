@@ -87,7 +87,7 @@ class Attachment:
         for model in models.values():
             reader = grid if callable(grid) else GridReader(_original(model), grid)
             self._undo += _hook(model, functools.partial(self._open, reader))
-            runtime.own(model.parameters(), self)
+            runtime.own(_original(model).named_parameters(), self)
 
     def __enter__(self) -> Attachment:
         return self

@@ -7,7 +7,7 @@ import copy
 import logging
 import os
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import networkx as nx
@@ -15,14 +15,16 @@ import torch
 from torch import fx
 
 from fpscompile import runtime
-from fpscompile.errors import CompilerMissingError, OptionError, StrictError
+from fpscompile.errors import CompilerMissingError, FpsError, OptionError, StrictError
 from fpscompile.graph_breaks import notes_on_breaks
 from fpscompile.graph_view import neighbourhood
 from fpscompile.ir import AttentionSite, Reason
+from fpscompile.lowerings import cpp
 from fpscompile.passes.base import GraphState, fake_tensor, module_path
-from fpscompile.passes.lower_sites import GRID, PROGRESS
+from fpscompile.passes.layers import VariantsOfCall, shared_block
+from fpscompile.passes.lower_sites import GRID, LAYERS, PROGRESS
 from fpscompile.passes.pipeline import run_pipeline
-from fpscompile.passes.plan_sites import resolved_plan
+from fpscompile.passes.plan_sites import conservative_phase, phases_of_call, resolved_plan
 from fpscompile.records import GraphRecord, SiteRecord, strict_failures
 from fpscompile.settings import Settings
 
@@ -70,40 +72,70 @@ class Backend:
         if self.settings.inner == "inductor":
             _check_cpp_compiler(gm)
         extra = [node for node in gm.graph.nodes if node.op == "placeholder"][len(example_inputs) :]
+        _build_ahead(state)
         compiled = inner(gm, [*example_inputs, *_examples_of(extra)])
         # Only now: Dynamo may restart its analysis from inside the inner compiler and hand over the graph again.
         self.graphs.append(record)
         if not extra:
             return compiled
-        return _with_inputs(compiled, state.inputs, [fake_tensor(node).device for node in extra])  # type: ignore[union-attr]
+        return _with_inputs(compiled, state, [fake_tensor(node).device for node in extra])  # type: ignore[union-attr]
 
 
 def rewrite(gm: fx.GraphModule, settings: Settings, *, detail: bool = False) -> tuple[GraphRecord, GraphState]:
     """Run the passes on ``gm`` and record what they decided. ``gm`` gets a new graph; the captured one stays whole."""
     began = time.perf_counter()
-    gm.graph = _copy_graph(gm.graph)
+    captured = gm.graph
+    gm.graph = _copy_graph(captured)
     call = runtime.current_call()
     arguments = [_example(node) for node in gm.graph.nodes if node.op == "placeholder"]
-    attached = call is not None or runtime.owner_of(arguments) is not None
+    owner = runtime.owner_of(arguments)
+    attached = call is not None or owner is not None
     state = GraphState(gm, settings, call.grid if call is not None else None, attached)
+    if owner is not None and settings.layers:
+        state.block = shared_block(list(runtime.weight_names(arguments)))
+        state.weights = tuple(runtime.all_weight_names(owner))
     record = GraphRecord(settings=settings)
     pictures = _Pictures(state) if detail else None
     if os.environ.get("FPS_DISABLE", "0") not in ("", "0"):
         state.note("warning", Reason.DISABLED.value, "FPS_DISABLE is set: nothing is rewritten")
     else:
-        record.passes = run_pipeline(state, observe=pictures.observe if pictures else None)
+        try:
+            with _own_saved_tensors():
+                record.passes = run_pipeline(state, observe=pictures.observe if pictures else None)
+        except FpsError:
+            raise
+        except Exception as error:
+            if settings.strict:
+                raise
+            # A graph that the passes cannot handle is the user's no less: it runs as it was captured.
+            logger.debug("the passes failed", exc_info=True)
+            gm.graph = _copy_graph(captured)
+            state = GraphState(gm, settings, state.published_grid, attached)
+            message = f"the passes failed on this graph, nothing is rewritten in it ({type(error).__name__}: {error})"
+            state.note("warning", "internal-error", f"{message}; options={{'strict': True}} shows where")
+            pictures = None
     if pictures is not None:
         pictures.finish(record)
     record.sites = [_site_record(state, site) for site in state.sites]
     for miss in state.near_misses:
         state.note("info", f"near-miss-{miss.code.value}", f"{miss.node}: {miss.message}")
     if not os.environ.get("FPS_DISABLE", "0").strip("0"):
-        state.notes += notes_on_breaks(gm, record.sites)
+        state.notes += notes_on_breaks(gm, record.sites, [str(miss.message) for miss in state.near_misses])
     record.notes = state.notes
     record.progress_source = state.progress_source
     record.seconds = sum(step.seconds for step in record.passes)
     logger.debug("passes took %.3f s, all of the rewrite %.3f s", record.seconds, time.perf_counter() - began)
     return record, state
+
+
+@contextlib.contextmanager
+def _own_saved_tensors() -> Iterator[None]:
+    """Keep the fake tensors that the passes compute from hooks of the caller, such as a checkpoint's, which counts."""
+    if not torch._C._autograd._saved_tensors_hooks_is_enabled():
+        yield
+        return
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: tensor, lambda tensor: tensor):
+        yield
 
 
 def _copy_graph(graph: fx.Graph) -> fx.Graph:
@@ -155,10 +187,11 @@ def _site_record(state: GraphState, site: AttentionSite) -> SiteRecord:
     batch, heads, q_length, k_length, head_dim = (size.hint for size in site.shape)
     plan = state.plans.get(site.node)
     resolved = resolved_plan(site, plan) if plan is not None else None
+    own = phases_of_call(site, state)
     grid = tuple(size.hint for size in site.grid) if site.grid is not None else None
     return SiteRecord(
         node=site.node.name,
-        module=module_path(site.node),
+        module=state.layers[site.node].path if site.node in state.layers else module_path(site.node),
         kind=site.kind,
         batch=batch,
         heads=heads,
@@ -174,9 +207,9 @@ def _site_record(state: GraphState, site: AttentionSite) -> SiteRecord:
         reason_code=site.rejection.code.value if site.rejection is not None else None,
         plan=plan,
         lowering=plan.lowering if plan is not None else None,
-        windows=resolved.windows if resolved is not None else (),
-        density=resolved.densities if resolved is not None else (1.0,),
-        conservative=resolved.conservative if resolved is not None else 0,
+        windows=resolved.windows[own] if resolved is not None else (),
+        density=resolved.densities[own] if resolved is not None else (1.0,),
+        conservative=conservative_phase(site, state, resolved) if resolved is not None else 0,
     )
 
 
@@ -208,18 +241,34 @@ def _check_strict(record: GraphRecord) -> None:
         raise StrictError("strict=True and not everything was rewritten:\n  " + "\n  ".join(failures))
 
 
-def _with_inputs(compiled: Compiled, names: Sequence[str], devices: Sequence[torch.device]) -> Compiled:
+def _with_inputs(compiled: Compiled, state: GraphState, devices: Sequence[torch.device]) -> Compiled:
     """``compiled`` with the appended inputs filled on every call, from whoever publishes them."""
+    names = tuple(state.inputs)
+    variants = VariantsOfCall(state) if LAYERS in names else None
 
     def call(*args: Any) -> Any:
         with runtime.running(args) as (progress, grid):
             values = {
                 PROGRESS: lambda device: torch.full((1,), progress, device=device),
                 GRID: lambda device: torch.tensor(grid or (0, 0, 0), dtype=torch.int64),
+                LAYERS: lambda device: torch.tensor(variants(args), dtype=torch.int32, device=device),  # type: ignore[misc]
             }
             return compiled(*args, *(values[name](device) for name, device in zip(names, devices, strict=True)))
 
     return call
+
+
+def _build_ahead(state: GraphState) -> None:
+    """Generated C++ kernels are built while the inner compiler works."""
+    for site, call in state.rewritten.items():
+        plan = state.plans[site]
+        if plan.lowering == "cpp":
+            query, _, value, key_mask = (
+                fake_tensor(node) if isinstance(node, fx.Node) else None for node in call.args[:4]
+            )
+            assert query is not None
+            assert value is not None
+            cpp.build_ahead(query, value, key_mask, plan)
 
 
 def _examples_of(nodes: Sequence[fx.Node]) -> list[torch.Tensor]:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import ast
+import contextlib
+import dataclasses
 import importlib
 import importlib.metadata
 import json
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
@@ -57,54 +59,174 @@ def _root(
     """Block-sparse 3D attention for video diffusion transformers, as a torch.compile backend."""
 
 
+Factory = Annotated[
+    str,
+    typer.Argument(
+        metavar="MODULE:FACTORY", help="A callable that returns (model, args, kwargs) or (model, kwargs) of one call."
+    ),
+]
+Options = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--option", metavar="KEY=VALUE", help="An option of the backend; VALUE is a Python literal. Repeatable."
+    ),
+]
+Dtype = Annotated[str | None, typer.Option(help=f"Cast the model and its floating-point inputs: {', '.join(DTYPES)}.")]
+Json = Annotated[Path | None, typer.Option("--json", help="Write the result as JSON.")]
+File = Annotated[Path | None, typer.Option("--file", help="The tuning file; default: the one in the cache folder.")]
+Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of any error.")]
+
+
 @app.command()
 def explain(
-    factory: Annotated[
-        str,
-        typer.Argument(
-            metavar="MODULE:FACTORY",
-            help="A callable that returns (model, args, kwargs) or (model, kwargs) of one call.",
-        ),
-    ],
-    option: Annotated[
-        list[str] | None,
-        typer.Option(metavar="KEY=VALUE", help="An option of the backend; VALUE is a Python literal. Repeatable."),
-    ] = None,
+    factory: Factory,
+    option: Options = None,
     html: Annotated[Path | None, typer.Option(help="Write the report as one self-contained page.")] = None,
-    json_path: Annotated[Path | None, typer.Option("--json", help="Write the report as JSON.")] = None,
-    dtype: Annotated[
-        str | None, typer.Option(help=f"Cast the model and its floating-point inputs: {', '.join(DTYPES)}.")
-    ] = None,
+    json_path: Json = None,
+    dtype: Dtype = None,
     strict: Annotated[
         bool,
         typer.Option("--strict", help="Exit with 1 when a 3D attention call is not rewritten, or anything is assumed."),
     ] = False,
-    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of any error.")] = False,
+    debug: Debug = False,
 ) -> None:
     """Show which attention calls of a model are rewritten, which are not and why."""
-    try:
-        options = _options(option or [])
-        model, args, kwargs = _call(_factory(factory), factory)
-        if dtype is not None:
-            model, args, kwargs = _cast(dtype, model, args, kwargs)
+    with _errors(debug):
+        model, args, kwargs = _model(factory, dtype)
         # Imported here: the backend takes a while to import, and --help should not.
         from fpscompile.explain import explain as run
 
-        report = run(model, *args, options=options, **kwargs)
+        report = run(model, *args, options=_options(option or []), **kwargs)
         Console().print(report)
         if json_path is not None:
             write_atomically(json_path, json.dumps(report.to_dict(), indent=1))
         if html is not None:
             report.save_html(html)
         failures = report.strict_failures if strict else []
-    except Exception as error:
-        if debug:
-            raise
-        _fail(error)
     for failure in failures:
         typer.echo(f"strict: {failure}", err=True)
     if failures:
         raise typer.Exit(1)
+
+
+@app.command()
+def tune(
+    factory: Factory,
+    option: Options = None,
+    effort: Annotated[str, typer.Option(help="quick (seconds for each kind of site) or full (minutes).")] = "quick",
+    file: File = None,
+    json_path: Json = None,
+    dtype: Dtype = None,
+    debug: Debug = False,
+) -> None:
+    """Measure which kernels are the fastest for a model on this machine, and keep them."""
+    with _errors(debug, interrupted="what was measured so far is kept"):
+        model, args, kwargs = _model(factory, dtype)
+        from fpscompile.autotune import autotune
+
+        report = autotune(model, *args, effort=effort, options=_options(option or []), path=file, **kwargs)
+        _show(report, json_path)
+        if report.unsaved:
+            raise UsageError(report.unsaved)
+
+
+@app.command()
+def calibrate(
+    factory: Annotated[
+        str,
+        typer.Argument(
+            metavar="MODULE:FACTORY",
+            help="A callable that returns (model or pipeline, samples): a list of calls, each keyword arguments.",
+        ),
+    ],
+    max_error: Annotated[float | None, typer.Option(help="Largest relative error of any site's output.")] = None,
+    target_density: Annotated[float | None, typer.Option(help="Kept fraction of the attention, whole model.")] = None,
+    held_out: Annotated[float, typer.Option(help="Share of the samples that only check the choice.")] = 0.5,
+    option: Options = None,
+    file: File = None,
+    json_path: Json = None,
+    debug: Debug = False,
+) -> None:
+    """Find the sparsest windows that keep a model's attention within an error."""
+    with _errors(debug):
+        made = _factory(factory)()
+        if not isinstance(made, tuple) or len(made) != 2 or not isinstance(made[1], (list, tuple)):
+            raise UsageError(f"{factory} returned {_shape(made)}; it must return (model or pipeline, list of samples)")
+        from fpscompile.calibrate import calibrate as run
+
+        report = run(
+            made[0], made[1], max_error=max_error, target_density=target_density, held_out=held_out,
+            options=_options(option or []), path=file,
+        )  # fmt: skip
+        _show(report, json_path)
+        typer.echo(f"saved as {report.key!r} in {report.path}; compile with options={{'tuning': '{report.path}'}}")
+
+
+@app.command()
+def bench(
+    factory: Factory,
+    option: Options = None,
+    rounds: Annotated[int, typer.Option(help="Turns that the medians are taken of.")] = 7,
+    json_path: Json = None,
+    dtype: Dtype = None,
+    debug: Debug = False,
+) -> None:
+    """Time a model compiled with fps and without, in turns."""
+    with _errors(debug):
+        model, args, kwargs = _model(factory, dtype)
+        from fpscompile.bench import bench as run
+
+        _show(run(model, *args, options=_options(option or []), rounds=rounds, **kwargs), json_path)
+
+
+@app.command()
+def doctor(
+    build: Annotated[bool, typer.Option("--build", help="Also build a small kernel, run it and check it.")] = False,
+    json_path: Json = None,
+    debug: Debug = False,
+) -> None:
+    """Say what this machine will use, and what is missing. Exits with 1 when something would fail."""
+    with _errors(debug):
+        from fpscompile.doctor import examine
+
+        found = examine(build=build)
+        marks = {"ok": "+", "info": "-", "warning": "!", "error": "X"}
+        for finding in found:
+            typer.echo(f"{marks[finding.level]} {finding.subject}: {finding.text}")
+            if finding.remedy:
+                typer.echo(f"    -> {finding.remedy}")
+        if json_path is not None:
+            write_atomically(json_path, json.dumps([dataclasses.asdict(finding) for finding in found], indent=1))
+    if any(finding.level == "error" for finding in found):
+        raise typer.Exit(1)
+
+
+@contextlib.contextmanager
+def _errors(debug: bool, interrupted: str = "") -> Iterator[None]:
+    """Errors become one line and an exit code; Ctrl-C exits with 130."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        typer.echo(f"interrupted{f': {interrupted}' if interrupted else ''}", err=True)
+        raise typer.Exit(130) from None
+    except Exception as error:
+        if debug:
+            raise
+        _fail(error)
+
+
+def _model(factory: str, dtype: str | None) -> tuple[torch.nn.Module, tuple[Any, ...], dict[str, Any]]:
+    """(model, args, kwargs) of the call that a factory makes."""
+    model, args, kwargs = _call(_factory(factory), factory)
+    return (model, args, kwargs) if dtype is None else _cast(dtype, model, args, kwargs)
+
+
+def _show(report: Any, json_path: Path | None) -> None:
+    """A report on the terminal, and in a file if asked."""
+    Console().print(report if hasattr(report, "__rich__") else str(report), markup=False)
+    if json_path is not None:
+        data = report.to_dict() if hasattr(report, "to_dict") else report.entry()
+        write_atomically(json_path, json.dumps(data, indent=1))
 
 
 def _fail(error: Exception) -> NoReturn:
@@ -183,8 +305,12 @@ def _call(factory: Callable[[], Any], name: str) -> tuple[torch.nn.Module, tuple
             return made[0], (), dict(made[1])
         if len(made) == 3 and isinstance(made[1], (tuple, list)) and isinstance(made[2], Mapping):
             return made[0], tuple(made[1]), dict(made[2])
-    shape = f"({', '.join(type(item).__name__ for item in made)})" if isinstance(made, tuple) else type(made).__name__
-    raise UsageError(f"{name} returned {shape}; it must return (model, args, kwargs) or (model, kwargs)")
+    raise UsageError(f"{name} returned {_shape(made)}; it must return (model, args, kwargs) or (model, kwargs)")
+
+
+def _shape(made: Any) -> str:
+    """What a factory returned, by types."""
+    return f"({', '.join(type(item).__name__ for item in made)})" if isinstance(made, tuple) else type(made).__name__
 
 
 def _cast(

@@ -31,17 +31,24 @@ FLAGS = ("-ffp-contract=fast", "-ftree-loop-vectorize", "-fvisibility=hidden", "
 """On top of torch's. The last silences remarks on vector types that never leave the file, and on GCC's own headers."""
 
 LOCK_SECONDS = 600
+MESSAGE_BYTES = 1024
 
 SYMBOLS = {
     "float32": "_ZN2at6native7cpublas6brgemmEllllllbPKfS3_Pfb",
     "bfloat16": "_ZN2at6native7cpublas6brgemmEllllllbPKN3c108BFloat16ES5_Pfb",
+    "int8": "_ZN2at6native7cpublas6brgemmEllllllbPKhPKaPib",
 }
 """torch's micro-kernel for each compute dtype, as the linker knows it."""
 
-CPU_FLAGS = {"float32": ("avx2", "fma", "f16c"), "bfloat16": ("avx512f", "avx512bw", "avx512dq", "avx512_bf16")}
+CPU_FLAGS = {
+    "float32": ("avx2", "fma", "f16c"),
+    "bfloat16": ("avx512f", "avx512bw", "avx512dq", "avx512_bf16"),
+    "int8": ("avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512_vnni"),
+}
 """What the processor must offer for a compute dtype to be fast."""
 
 _loaded: dict[str, ctypes.CDLL] = {}
+_building: dict[str, threading.Lock] = {}
 _lock = threading.Lock()
 
 
@@ -51,7 +58,7 @@ def unavailable(compute: str = "float32") -> str | None:
     Answers are kept for the life of the process, except for ``torch.backends.mkldnn.enabled``, which may change.
 
     Args:
-        compute: "float32" or "bfloat16", the dtype of the operands of the matrix products.
+        compute: "float32", "bfloat16" or "int8", the dtype of the operands of the matrix products.
     """
     if not torch.backends.mkldnn.enabled:
         return "oneDNN is off: set torch.backends.mkldnn.enabled = True"
@@ -123,6 +130,8 @@ def load(source: str) -> ctypes.CDLL:
     """
     key = library_key(source)
     with _lock:
+        building = _building.setdefault(key, threading.Lock())
+    with building:  # of this library only: others build beside it
         if key not in _loaded:
             path = _built(key, source)
             try:
@@ -133,6 +142,61 @@ def load(source: str) -> ctypes.CDLL:
                     "executed, or choose lowering='boxes'"
                 ) from error
         return _loaded[key]
+
+
+def build_ahead(source: str) -> threading.Thread | None:
+    """Start to :func:`load` the library of ``source`` on a thread of its own; None where that is done already.
+
+    What goes wrong there is logged, and raised by whoever loads the library for use.
+    """
+    key = library_key(source)
+    with _lock:
+        if key in _loaded or key in _building:
+            return None
+
+    def work() -> None:
+        try:
+            load(source)
+        except (CompilerMissingError, UnsupportedError) as error:
+            logger.info("a kernel could not be built ahead of its use: %s", error)
+
+    thread = threading.Thread(target=work, name=f"fps-build-{key[:8]}", daemon=True)
+    thread.start()
+    return thread
+
+
+def entry_point(source: str, name: str, call_bytes: int):  # type: ignore[no-untyped-def]  # a ctypes function pointer
+    """The function ``name`` of the library of ``source``, for :func:`run`.
+
+    Args:
+        call_bytes: size of the structure of arguments that Python will pass.
+
+    Raises:
+        UnsupportedError: the library expects another structure, and as :func:`load`.
+    """
+    library = load(source)
+    library.fps_call_bytes.restype = ctypes.c_int64
+    if library.fps_call_bytes() != call_bytes:
+        raise UnsupportedError(
+            f"{name} expects {library.fps_call_bytes()} bytes of arguments, not {call_bytes}: delete {cache_folder()}"
+        )
+    function = getattr(library, name)
+    function.argtypes = [ctypes.c_void_p, ctypes.c_char_p, ctypes.c_int64]
+    function.restype = ctypes.c_int
+    return function
+
+
+def run(function, call: ctypes.Structure) -> None:  # type: ignore[no-untyped-def]  # a ctypes function pointer
+    """Call a kernel.
+
+    Raises:
+        UnsupportedError: an exception inside the kernel, with its text.
+    """
+    message = ctypes.create_string_buffer(MESSAGE_BYTES)
+    if function(ctypes.byref(call), message, MESSAGE_BYTES):
+        raise UnsupportedError(
+            f"lowering 'cpp' failed: {message.value.decode(errors='replace')}; choose lowering='boxes'"
+        )
 
 
 def library_key(source: str) -> str:
@@ -216,3 +280,4 @@ def forget() -> None:
     processor_flags.cache_clear()
     with _lock:
         _loaded.clear()
+        _building.clear()

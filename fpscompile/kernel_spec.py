@@ -46,7 +46,7 @@ class KernelSpec:
     tile: Grid
     """Tokens of a full tile along (t, h, w)."""
     quant: str = "none"
-    """"none" or "fp8"."""
+    """"none", "fp8" or "int8"."""
     granularities: tuple[str, ...] = ("tile",)
     """Granularity of Q's and K's scales in each phase."""
     smooth_k: bool = True

@@ -39,9 +39,11 @@ class BlockMask:
         """From bool [phases, 1 | heads, q_tiles, k_tiles]: True where the key tile is seen."""
         counts = visible.sum(-1, dtype=torch.int32)
         capacity = max(int(counts.max()), 1)
-        indices = torch.argsort(~visible, dim=-1, stable=True)[..., :capacity].to(torch.int32)
         listed = torch.arange(capacity, device=visible.device) < counts[..., None]
-        return cls(counts, torch.where(listed, indices, 0))
+        indices = torch.zeros(listed.shape, dtype=torch.int32, device=visible.device)
+        # nonzero walks rows in order and each row upwards, as a boolean store does: no sort of the whole mask
+        indices[listed] = visible.nonzero()[:, -1].to(torch.int32)
+        return cls(counts, indices)
 
     def to_dense(self, k_tiles: int) -> torch.Tensor:
         """bool [phases, 1 | heads, q_tiles, k_tiles]: the inverse of :meth:`from_dense`."""
@@ -76,22 +78,30 @@ def window_mask(q_layout: TileLayout, k_layout: TileLayout, windows: Sequence[Wi
 
     Tokens outside the video see everything and are seen by everything. Both layouts have the same video grid.
     """
-    return BlockMask.from_dense(torch.stack([_window_dense(q_layout, k_layout, window) for window in windows])[:, None])
+    video = torch.stack([product_mask(window, q_layout.counts) for window in windows])[:, None]
+    return BlockMask.from_dense(with_others(q_layout, k_layout, video))
 
 
-def _window_dense(q_layout: TileLayout, k_layout: TileLayout, window: Window) -> torch.Tensor:
-    """bool [q_tiles, k_tiles]."""
-    axes = []
-    for width, count in zip(window, q_layout.counts, strict=True):
-        axis = torch.zeros(count, count, dtype=torch.bool)
-        for index, (start, stop) in enumerate(axis_window(width, count)):
-            axis[index, start:stop] = True
-        axes.append(axis)
-    video = torch.einsum("ad,be,cf->abcdef", *(axis.int() for axis in axes)) > 0
-    dense = torch.ones(q_layout.n_tiles, k_layout.n_tiles, dtype=torch.bool)
-    n = q_layout.video_tiles
-    q0, k0 = q_layout.before_tiles, k_layout.before_tiles
-    dense[q0 : q0 + n, k0 : k0 + n] = video.reshape(n, n)
+def axis_mask(width: int, count: int) -> torch.Tensor:
+    """bool [count, count]: the key tiles of one axis that each query tile sees."""
+    mask = torch.zeros(count, count, dtype=torch.bool)
+    for index, (start, stop) in enumerate(axis_window(width, count)):
+        mask[index, start:stop] = True
+    return mask
+
+
+def product_mask(window: Window, counts: tuple[int, int, int]) -> torch.Tensor:
+    """bool [video tiles, video tiles] of a sliding 3D window."""
+    t, h, w = (axis_mask(width, count) for width, count in zip(window, counts, strict=True))
+    seen = t[:, None, None, :, None, None] & h[:, None, None, :, None] & w[:, None, None, :]
+    return seen.reshape(math.prod(counts), math.prod(counts))
+
+
+def with_others(q_layout: TileLayout, k_layout: TileLayout, video: torch.Tensor) -> torch.Tensor:
+    """bool [..., q_tiles, k_tiles] from [..., video tiles, video tiles]: other tokens see all, all see them."""
+    dense = torch.ones(*video.shape[:-2], q_layout.n_tiles, k_layout.n_tiles, dtype=torch.bool, device=video.device)
+    n, q0, k0 = q_layout.video_tiles, q_layout.before_tiles, k_layout.before_tiles
+    dense[..., q0 : q0 + n, k0 : k0 + n] = video
     return dense
 
 

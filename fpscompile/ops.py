@@ -4,7 +4,7 @@ The schema is a frozen contract::
 
     fps::attention(Tensor query, Tensor key, Tensor value, Tensor? key_mask, Tensor phase,
                    SymInt[] grid, Tensor? published_grid, SymInt[] query_span, SymInt[] key_span,
-                   float? scale, str plan) -> (Tensor output, Tensor lse)
+                   float? scale, str plan, Tensor? selection=None) -> (Tensor output, Tensor lse)
 
 Shapes and meaning
     query           [B, H, Lq, D], any strides; float32, float64, bfloat16, float16
@@ -19,6 +19,9 @@ Shapes and meaning
     key_span        the same for the key sequence
     scale           None means 1/sqrt(D)
     plan            :meth:`fpscompile.plan.Plan.to_json`
+    selection       uint8 [B, H, n], what ``fps::select_tiles`` returned for this call: the tiles that content chose.
+                    None where the plan has no such window; with one, tiles are then chosen here, and again in the
+                    backward. It receives no gradient
     output          [B, H, Lq, Dv] in the query's dtype, strided as the transpose of a contiguous [B, Lq, H, Dv]
     lse             [B, H, Lq] contiguous, float32 (float64 for float64 inputs): natural log of the sum of exp of
                     the scaled, masked scores over the visible keys; -inf where no key is visible. Not differentiable.
@@ -27,6 +30,7 @@ Layouts of the gradients: dq, dk and dv, like the output, are transposes of cont
 
 Other ops here
     fps::attention_backward  the gradient of the above, an op of its own so that compilers see no data-dependent step
+    fps::select_tiles        tiles chosen by content; see :mod:`fpscompile.selection`
     fps::phase_index         denoising progress -> phase; see :mod:`fpscompile.phase_index`
 
 Under autocast, query, key and value are cast as ``F.scaled_dot_product_attention``'s are: to the autocast dtype,
@@ -35,6 +39,7 @@ unless they are float64. A float ``key_mask`` stays as it is.
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -42,6 +47,7 @@ from typing import Any
 import torch
 
 from fpscompile import lowerings
+from fpscompile import selection as selection_of
 from fpscompile.errors import GridError, OptionError, UnsupportedError
 from fpscompile.phase_index import phase_index
 from fpscompile.plan import Plan, ResolvedPlan, resolve
@@ -54,14 +60,19 @@ Ints = Sequence[int]
 _library = torch.library.Library("fps", "DEF")
 _library.define(
     "attention(Tensor query, Tensor key, Tensor value, Tensor? key_mask, Tensor phase, SymInt[] grid, "
-    "Tensor? published_grid, SymInt[] query_span, SymInt[] key_span, float? scale, str plan) "
+    "Tensor? published_grid, SymInt[] query_span, SymInt[] key_span, float? scale, str plan, Tensor? selection=None) "
     "-> (Tensor output, Tensor lse)",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
 _library.define(
     "attention_backward(Tensor grad_output, Tensor query, Tensor key, Tensor value, Tensor? key_mask, Tensor output, "
     "Tensor lse, Tensor phase, SymInt[] grid, Tensor? published_grid, SymInt[] query_span, SymInt[] key_span, "
-    "float? scale, str plan) -> (Tensor dq, Tensor dk, Tensor dv)",
+    "float? scale, str plan, Tensor? selection=None) -> (Tensor dq, Tensor dk, Tensor dv)",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+_library.define(
+    "select_tiles(Tensor query, Tensor key, Tensor? key_mask, Tensor phase, SymInt[] grid, Tensor? published_grid, "
+    "SymInt[] query_span, SymInt[] key_span, float? scale, str plan, SymInt capacity) -> Tensor",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
 
@@ -78,19 +89,14 @@ def _attention(
     key_span: Ints,
     scale: float | None,
     plan: str,
+    selection: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     _check_tensors(query, key, value, key_mask)
     resolved = _resolve(query, key, grid, published_grid, query_span, key_span, plan)
     lowering = lowerings.get(resolved.plan.lowering)
-    return lowering.forward(
-        query,
-        key,
-        value,
-        key_mask=key_mask,
-        phases=_phases(phase, query.shape[0], len(resolved.windows), lowering),
-        resolved=resolved,
-        scale=query.shape[-1] ** -0.5 if scale is None else scale,
-    )
+    scale = query.shape[-1] ** -0.5 if scale is None else scale
+    call = _arguments(query, key, key_mask, phase, resolved, scale, selection, lowering)
+    return lowering.forward(query, key, value, **call)
 
 
 torch.library.impl("fps::attention", "default", lib=_library)(_attention)
@@ -121,21 +127,13 @@ def _attention_backward(
     key_span: Ints,
     scale: float | None,
     plan: str,
+    selection: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     resolved = _resolve(query, key, grid, published_grid, query_span, key_span, plan)
-    lowering = lowerings.get(resolved.plan.lowering)
-    return lowering.backward(
-        grad_output,
-        query,
-        key,
-        value,
-        output,
-        lse,
-        key_mask=key_mask,
-        phases=_phases(phase, query.shape[0], len(resolved.windows), lowering),
-        resolved=resolved,
-        scale=query.shape[-1] ** -0.5 if scale is None else scale,
-    )
+    lowering = _of_gradients(resolved)
+    scale = query.shape[-1] ** -0.5 if scale is None else scale
+    call = _arguments(query, key, key_mask, phase, resolved, scale, selection, lowering)
+    return lowering.backward(grad_output, query, key, value, output, lse, **call)
 
 
 torch.library.impl("fps::attention_backward", "default", lib=_library)(_attention_backward)
@@ -153,20 +151,20 @@ def _attention_backward_fake(
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, torch.Tensor]) -> None:
-    query, key, value, key_mask, phase, grid, published_grid, query_span, key_span, scale, plan = inputs
+    query, key, value, key_mask, phase, grid, published_grid, query_span, key_span, scale, plan, selection = inputs
     out, lse = output
     ctx.mark_non_differentiable(lse)
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(query, key, value, key_mask, out, lse, phase, published_grid)
+    ctx.save_for_backward(query, key, value, key_mask, out, lse, phase, published_grid, selection)
     ctx.grid, ctx.query_span, ctx.key_span = grid, query_span, key_span
     ctx.scale, ctx.plan = scale, plan
 
 
 def _autograd(ctx: Any, grad_output: torch.Tensor | None, grad_lse: torch.Tensor | None) -> tuple[Any, ...]:
-    nothing = (None,) * 8
+    nothing = (None,) * 9
     if grad_output is None:
         return (None, None, None, *nothing)
-    query, key, value, key_mask, out, lse, phase, published_grid = ctx.saved_tensors
+    query, key, value, key_mask, out, lse, phase, published_grid, selection = ctx.saved_tensors
     grads = torch.ops.fps.attention_backward(
         grad_output,
         query,
@@ -182,11 +180,48 @@ def _autograd(ctx: Any, grad_output: torch.Tensor | None, grad_lse: torch.Tensor
         ctx.key_span,
         ctx.scale,
         ctx.plan,
+        selection,
     )
     return (*grads, *nothing)
 
 
 torch.library.register_autograd("fps::attention", _autograd, setup_context=_setup_context, lib=_library)
+
+
+def _select_tiles(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    key_mask: torch.Tensor | None,
+    phase: torch.Tensor,
+    grid: Ints,
+    published_grid: torch.Tensor | None,
+    query_span: Ints,
+    key_span: Ints,
+    scale: float | None,
+    plan: str,
+    capacity: int,
+) -> torch.Tensor:
+    resolved = _resolve(query, key, grid, published_grid, query_span, key_span, plan)
+    _check_phases(phase, query.shape[0])
+    selected = selection_of.select(query, key, phase=phase, resolved=resolved, key_mask=key_mask, scale=scale)
+    return selection_of.pack(selected, capacity)
+
+
+torch.library.impl("fps::select_tiles", "default", lib=_library)(_select_tiles)
+
+
+@torch.library.register_fake("fps::select_tiles", lib=_library)
+def _select_tiles_fake(query: torch.Tensor, *arguments: Any) -> torch.Tensor:
+    return query.new_empty(*query.shape[:2], selection_of.packed_bytes(arguments[-1]), dtype=torch.uint8)
+
+
+def _not_differentiable(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
+    ctx.mark_non_differentiable(output)
+
+
+torch.library.register_autograd(
+    "fps::select_tiles", lambda ctx, grad: (None,) * 11, setup_context=_not_differentiable, lib=_library
+)
 
 
 def _no_second_order(ctx: Any, *grads: torch.Tensor | None) -> tuple[Any, ...]:
@@ -283,7 +318,8 @@ def _resolve(
             )
         if start < 0 or start + count > x.shape[2]:
             raise GridError(f"{side}_span ({start}, {count}) is not inside a sequence of {x.shape[2]} tokens")
-    return resolve(Plan.from_json(plan), sizes, query.shape[2], key.shape[2], query_span[0], key_span[0])
+    where = (query.shape[2], key.shape[2], query_span[0], key_span[0])
+    return resolve(Plan.from_json(plan), sizes, *where, heads=query.shape[1])
 
 
 def _grid(grid: Ints, published_grid: torch.Tensor | None) -> Grid:
@@ -302,17 +338,55 @@ def _grid(grid: Ints, published_grid: torch.Tensor | None) -> Grid:
     return (t, h, w)
 
 
+def _arguments(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    key_mask: torch.Tensor | None,
+    phase: torch.Tensor,
+    resolved: ResolvedPlan,
+    scale: float,
+    selection: torch.Tensor | None,
+    lowering: lowerings.Lowering,
+) -> dict[str, Any]:
+    """Keyword arguments of a lowering. With tiles chosen by content, each batch element is a phase of its own."""
+    if not resolved.dynamic:
+        phases = _phases(phase, query.shape[0], len(resolved.windows), lowering)
+        return {"key_mask": key_mask, "phases": phases, "resolved": resolved, "scale": scale}
+    each = _phase_numbers(phase, query.shape[0], len(resolved.windows))
+    resolved, mask = selection_of.masks_of_call(selection, query, key, key_mask, each, resolved, scale)
+    phases = tuple(range(len(each)))
+    return {"key_mask": key_mask, "phases": phases, "resolved": resolved, "scale": scale, "block_mask": mask}
+
+
+def _of_gradients(resolved: ResolvedPlan) -> lowerings.Lowering:
+    """The lowering that computes the gradients of a plan: its own, or gather where that serves no such mask."""
+    lowering = lowerings.get(resolved.plan.lowering)
+    if resolved.product or "block_mask" in inspect.signature(lowering.backward).parameters:
+        return lowering
+    return lowerings.get("gather")
+
+
 def _phases(
     phase: torch.Tensor, batch: int, count: int, lowering: lowerings.Lowering
 ) -> tuple[int, ...] | torch.Tensor:
     """One phase per batch element, or the tensor as it is where the lowering reads it on the device."""
+    if getattr(lowering, "PHASES_ON_DEVICE", False):
+        _check_phases(phase, batch)
+        return phase
+    return _phase_numbers(phase, batch, count)
+
+
+def _check_phases(phase: torch.Tensor, batch: int) -> None:
     if phase.numel() == 0 or batch % phase.numel():
         raise UnsupportedError(
             f"fps::attention: {phase.numel()} phases for a batch of {batch}; the batch must be a multiple of their "
             "number"
         )
-    if getattr(lowering, "PHASES_ON_DEVICE", False):
-        return phase
+
+
+def _phase_numbers(phase: torch.Tensor, batch: int, count: int) -> tuple[int, ...]:
+    """One phase per batch element, read off the device."""
+    _check_phases(phase, batch)
     given = phase.reshape(-1).tolist()
     for index in given:
         if not 0 <= index < count:

@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Any
 
 from fpscompile.errors import FpsError
 from fpscompile.html.svg_masks import COLOURS, mask_levels
-from fpscompile.masks import axis_window
 from fpscompile.plan import ResolvedPlan
 from fpscompile.schedule import Schedule
+from fpscompile.windows import AnyWindow, shares
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -72,9 +72,10 @@ def mask_figure(resolved: ResolvedPlan) -> Figure:
     rows, columns = resolved.q_layout.n_tiles, resolved.k_layout.n_tiles
     for index, (window, density) in enumerate(zip(resolved.windows, resolved.densities, strict=True)):
         axes = figure.add_subplot(1, count, index + 1)
-        levels = mask_levels(resolved.q_layout, resolved.k_layout, window).numpy()
+        heads, clamp = resolved.heads, resolved.plan.clamp
+        levels = mask_levels(resolved.q_layout, resolved.k_layout, window, heads=heads, clamp=clamp).numpy()
         axes.imshow(levels, cmap=_ramp(index), vmin=0, vmax=255, extent=(0, columns, rows, 0), interpolation="nearest")
-        axes.set_title(f"phase {index}: density {density:.2f}\nwindow {_times(window)} tiles", fontsize=10, loc="left")
+        axes.set_title(f"phase {index}: density {density:.2f}\n{_title(window)}", fontsize=10, loc="left")
         axes.set_xlabel("key tile")
         if index == 0:
             axes.set_ylabel("query tile")
@@ -83,6 +84,8 @@ def mask_figure(resolved: ResolvedPlan) -> Figure:
 
 def window_figure(resolved: ResolvedPlan, query: tuple[int, int, int] | None = None) -> Figure:
     """What one query tile sees: a row per phase, a panel per slice of tiles along t, cells are tiles in (h, w).
+
+    Cells are paler where only some heads see a tile, or where content may choose it.
 
     Args:
         query: index of the query tile along (t, h, w); the middle one by default.
@@ -100,16 +103,11 @@ def window_figure(resolved: ResolvedPlan, query: tuple[int, int, int] | None = N
     figure = _figure((size * n_t + 0.8, (size * n_h / n_w + 0.55) * from_phases + 0.3))
     axes_grid = figure.subplots(from_phases, n_t, squeeze=False)
     for phase, window in enumerate(resolved.windows):
-        t, h, w = (axis_window(width, n)[index] for width, n, index in zip(window, counts, query, strict=True))
+        seen = shares(window, resolved.q_layout, resolved.k_layout, resolved.heads, clamp=resolved.plan.clamp)
+        row = (_UNSEEN + (_SEEN - _UNSEEN) * seen.view(counts * 2)[query]).tolist()
         for index in range(n_t):
             axes = axes_grid[phase][index]
-            cells = [
-                [
-                    _SEEN if t[0] <= index < t[1] and h[0] <= y < h[1] and w[0] <= x < w[1] else _UNSEEN
-                    for x in range(n_w)
-                ]
-                for y in range(n_h)
-            ]
+            cells = row[index]
             if index == query[0]:
                 cells[query[1]][query[2]] = _QUERY
             axes.pcolormesh(cells, cmap=_ramp(phase, dark=True), vmin=0, vmax=1, edgecolors="white", linewidth=0.6)
@@ -118,8 +116,12 @@ def window_figure(resolved: ResolvedPlan, query: tuple[int, int, int] | None = N
             axes.spines[:].set_visible(False)
             if phase == from_phases - 1:
                 axes.set_xlabel(f"t = {index}", fontsize=9)
-        axes_grid[phase][0].set_title(f"phase {phase}: window {_times(window)}", fontsize=9, loc="left")
+        axes_grid[phase][0].set_title(f"phase {phase}: {_title(window)}", fontsize=9, loc="left")
     return figure
+
+
+def _title(window: AnyWindow) -> str:
+    return f"window {_times(window)} tiles" if isinstance(window, tuple) else window.text
 
 
 def _figure(size: tuple[float, float]) -> Figure:

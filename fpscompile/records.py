@@ -10,6 +10,7 @@ import networkx as nx
 from fpscompile.ir import Reason
 from fpscompile.plan import Plan
 from fpscompile.settings import Settings
+from fpscompile.windows import AnyWindow
 
 
 @dataclass(frozen=True)
@@ -42,8 +43,8 @@ class SiteRecord:
     """Its stable code (:class:`fpscompile.ir.Reason`)."""
     plan: Plan | None
     lowering: str | None
-    windows: tuple[tuple[int, int, int], ...]
-    """Key tiles seen along (t, h, w), per phase."""
+    windows: tuple[AnyWindow, ...]
+    """Key tiles seen along (t, h, w), or a pattern where that is no product of the axes; per phase."""
     density: tuple[float, ...]
     """Kept fraction of query-key pairs, per phase; (1.0,) when not rewritten."""
     conservative: int

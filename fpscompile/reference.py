@@ -1,7 +1,8 @@
 """The oracle: what every lowering must compute, in plain eager torch. Slow, quadratic in memory, any device.
 
 Without quantization it is softmax attention under the expanded mask. With ``quant="fp8"`` it follows, line by line,
-the rounding contract of :mod:`fpscompile.kernel_spec`.
+the rounding contract of :mod:`fpscompile.kernel_spec`. With ``quant="int8"`` the operands are those of
+:mod:`fpscompile.quant_int8`, and P is exact.
 
 Gradients come from autograd. Through FP8 they are straight-through: a rounding passes the gradient as if it were the
 identity. In formulas, with ``hat`` for values after rounding and ``W`` for the rounded weights that make the output,
@@ -23,6 +24,7 @@ from collections.abc import Sequence
 
 import torch
 
+from fpscompile import quant_int8
 from fpscompile.kernel_spec import tile_slots
 from fpscompile.masks import BlockMask, expand_mask
 from fpscompile.plan import ResolvedPlan
@@ -75,13 +77,19 @@ def attention(
         if resolved.plan.quant == "fp8":
             output, lse = _fp8(q[one], k[one], v[one], resolved, p, _of(key_mask, b), bias, scale, dtype, mask)
         else:
-            keys, values = (x[b].to(dtype).repeat_interleave(group, dim=0) for x in (k, v))
+            operands = tuple(x[b].to(dtype) for x in (q, k, v))
+            shift = None
+            if resolved.plan.quant == "int8":
+                operands, shift = _int8(q[one], k[one], v[one], resolved, _of(key_mask, b), scale, dtype)
+            queries, keys, values = operands
+            keys, values = (x.repeat_interleave(group, dim=0) for x in (keys, values))
             visible = expand_mask(mask, resolved.q_layout, resolved.k_layout)[p].to(q.device)
-            scores = (q[b].to(dtype) @ keys.mT) * scale
+            scores = (queries @ keys.mT) * scale
             if bias is not None:
                 scores = scores + bias
             weights, lse = _softmax(scores.masked_fill(~visible, NEG_INF))
             output = weights @ values
+            lse = lse if shift is None else lse + shift
         outputs.append(output)
         sums.append(lse)
     lse_dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
@@ -137,6 +145,25 @@ def _fp8(
         sums.append(torch.cat(tiles_lse)[inverse])
     lse = torch.stack(sums)
     return torch.stack(outputs), lse if shift is None else lse + shift[0]
+
+
+def _int8(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    resolved: ResolvedPlan,
+    key_mask: torch.Tensor | None,
+    scale: float,
+    dtype: torch.dtype,
+) -> tuple[tuple[torch.Tensor, ...], torch.Tensor]:
+    """((q, k, v) [H | Hk, L, D] as if rounded to 8 bits, shift of the log-sum-exp [H, Lq]) of a batch of one."""
+    with torch.no_grad():
+        int8 = quant_int8.quantize_attention(
+            q, k, v, resolved.k_layout, smooth_k=resolved.plan.smooth_k, key_mask=key_mask
+        )
+        shift = int8.lse_shift(q.to(dtype), scale)
+    pairs = ((q, int8.q), (k, int8.k), (v, int8.v))
+    return tuple(_straight_through(x.to(dtype), rounded.to(dtype))[0] for x, rounded in pairs), shift[0]
 
 
 def _rounded_weights(scores: torch.Tensor, block_n: int, p_scale: float) -> torch.Tensor:

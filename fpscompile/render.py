@@ -21,14 +21,23 @@ import torch
 from fpscompile.errors import UnsupportedError
 from fpscompile.kernel_spec import KernelSpec
 
-TEMPLATE = "cpp/attention.cpp.jinja"
+FOLDER = "cpp"
+TEMPLATES = {False: "attention.cpp.jinja", True: "backward.cpp.jinja"}
+"""``KernelSpec.backward`` to a file in the folder of the CPU templates."""
 
 HEAD_DIMS = (32, 256)
 """Smallest and largest head dim, of Q and K as well as of V, that the CPU kernel takes."""
 
 COMPUTE = {"float32": "float32", "bfloat16": "bfloat16", "float16": "float32"}
-"""Input dtype to the dtype of the operands of the matrix products; they accumulate in float32. float16 goes to
-float32, since bfloat16 would lose three bits of it."""
+"""Input dtype to the dtype of the operands of the matrix products where nobody chose one; they accumulate in float32.
+float16 goes to float32, since bfloat16 would lose three bits of it."""
+
+OPERANDS = {
+    # compute: C++ types of the left and the right operand
+    "float32": ("float", "float"),
+    "bfloat16": ("c10::BFloat16", "c10::BFloat16"),
+    "int8": ("unsigned char", "signed char"),
+}
 
 LANES = 16
 """float32 values per vector; rows and key slots come in this granule."""
@@ -38,6 +47,7 @@ PANEL = 64
 
 _EXP2 = {
     # coefficients of 2^f on [0, 1], constant term first, and the largest relative error in float32
+    "int8": (("9.9992522e-01f", "6.9583354e-01f", "2.2606716e-01f", "7.8024523e-02f"), "7.5e-5"),
     "bfloat16": (
         ("1.0000025934e+00f", "6.9300383447e-01f", "2.4144275689e-01f", "5.2011460616e-02f", "1.3534167913e-02f"),
         "2.7e-6",
@@ -65,17 +75,18 @@ class CppConfig:
     block_n: int
     """Key slots per step of the online softmax."""
     compute: str
-    """Dtype of the operands of the matrix products: "float32" or "bfloat16"."""
+    """Operands of the matrix products: "float32", "bfloat16", or "int8" (bytes, with ``quant="int8"``)."""
 
     def is_valid(self, spec: KernelSpec) -> bool:
         """Whether the template can be rendered with this config."""
         return (
             self.block_m >= LANES
             and self.block_m % LANES == 0
-            and self.block_n >= PANEL
-            and self.block_n % PANEL == 0
-            and self.compute in _EXP2
-            and (self.compute == "float32" or spec.dtype == self.compute)
+            and self.compute in OPERANDS
+            and (self.compute == "int8") == (spec.quant == "int8")
+            # FP8 fixes where P is rounded; elsewhere blocks are whole panels.
+            and (self.block_n == spec.block_n if spec.quant == "fp8" else self.block_n >= PANEL)
+            and self.block_n % (LANES if spec.quant == "fp8" else PANEL) == 0
         )
 
 
@@ -84,33 +95,43 @@ def unsupported(spec: KernelSpec) -> str | None:
     low, high = HEAD_DIMS
     if spec.target != "cpu":
         return f"target={spec.target!r} is not 'cpu'"
-    if spec.backward:
-        return "it has no backward template"
-    if spec.quant != "none":
-        return f"it computes without quantization, and the spec has quant={spec.quant!r}"
     if spec.dtype not in COMPUTE:
         return f"it takes {', '.join(COMPUTE)}, not {spec.dtype}"
+    if spec.backward and spec.quant != "none":
+        return f"gradients are those of dequantized operands, and the spec has quant={spec.quant!r}"
     for name, dim in (("head_dim", spec.head_dim), ("value_dim", spec.value_dim)):
         if not low <= dim <= high:
             return f"{name}={dim} is outside {low} to {high}"
     return None
 
 
-def default_config(spec: KernelSpec) -> CppConfig:
+def default_config(spec: KernelSpec, compute: str | None = None) -> CppConfig:
     """The config for a spec: blocks of one tile or a few, and a working set that fits 1 MiB of second-level cache.
+
+    Args:
+        compute: operands of the products, "float32" or "bfloat16"; None means :data:`COMPUTE`'s, and float32 where
+            the spec quantizes to FP8. Not read with ``quant="int8"``.
 
     Raises:
         UnsupportedError: see :func:`unsupported`.
     """
     _check(spec)
-    compute = COMPUTE[spec.dtype]
-    rows = -(-math.prod(spec.tile) // LANES) * LANES
-    return CppConfig(block_m=min(rows, 128), block_n=512 if compute == "bfloat16" else 256, compute=compute)
+    rows = min(-(-math.prod(spec.tile) // LANES) * LANES, 128)
+    if spec.quant == "int8":
+        return CppConfig(block_m=rows, block_n=512, compute="int8")
+    if spec.quant == "fp8":
+        return CppConfig(block_m=rows, block_n=spec.block_n, compute=compute or "float32")
+    compute = compute or COMPUTE[spec.dtype]
+    if spec.backward:
+        return CppConfig(block_m=rows, block_n=256, compute=compute)
+    return CppConfig(block_m=rows, block_n=512 if compute == "bfloat16" else 256, compute=compute)
 
 
 def canonical(spec: KernelSpec) -> KernelSpec:
     """``spec`` with every field that the template does not read at its default: equal ones share a build."""
-    read = {name: getattr(spec, name) for name in ("target", "dtype", "head_dim", "value_dim", "tile", "key_mask")}
+    names = ["target", "dtype", "head_dim", "value_dim", "tile", "key_mask", "quant", "backward"]
+    names += {"none": [], "fp8": ["block_n", "p_scale"], "int8": ["smooth_k"]}[spec.quant]
+    read = {name: getattr(spec, name) for name in names}
     if read["key_mask"] != "none":
         read["key_mask"] = "float"  # a bool mask arrives as a term of the scores
     return KernelSpec(**read)
@@ -132,14 +153,17 @@ def render(spec: KernelSpec, config: CppConfig | None = None) -> str:
 @functools.lru_cache(maxsize=256)
 def _render(spec: KernelSpec, config: CppConfig) -> str:
     coefficients, error = _EXP2[config.compute]
+    left, right = OPERANDS[config.compute]
     return (
         _environment()
-        .from_string(template_source())
+        .get_template(TEMPLATES[spec.backward])
         .render(
             header=header(spec, config),
             spec=spec,
             config=config,
-            brgemm_type="c10::BFloat16" if config.compute == "bfloat16" else "float",
+            input="e4m3" if spec.quant == "fp8" else spec.dtype,
+            left=left,
+            right=right,
             exp2_coefficients=coefficients,
             exp2_error=error,
         )
@@ -151,27 +175,37 @@ def header(spec: KernelSpec, config: CppConfig) -> str:
     fields: list[tuple[str, Any]] = [
         ("spec", _line(dataclasses.asdict(spec))),
         ("config", _line(dataclasses.asdict(config))),
-        ("template", f"{TEMPLATE} sha256:{template_hash()}"),
+        ("template", f"{FOLDER}/{TEMPLATES[spec.backward]} sha256:{template_hash()}"),
         ("torch", torch.__version__),
     ]
-    lines = ["// Rendered by fpscompile: block-sparse attention, forward, on a CPU."]
+    direction = "backward" if spec.backward else "forward"
+    lines = [f"// Rendered by fpscompile: block-sparse attention, {direction}, on a CPU."]
     lines += [f"// {name}: {value}" for name, value in fields]
     return "\n".join(lines)
 
 
-def template_source() -> str:
-    """Text of the template."""
-    return (importlib.resources.files("fpscompile") / "templates" / TEMPLATE).read_text(encoding="utf-8")
+def template_sources() -> dict[str, str]:
+    """File name -> text of the templates of the CPU kernels; those that begin with "_" are parts of the others."""
+    folder = importlib.resources.files("fpscompile") / "templates" / FOLDER
+    return {
+        file.name: file.read_text(encoding="utf-8")
+        for file in sorted(folder.iterdir(), key=lambda file: file.name)
+        if file.name.endswith(".jinja")
+    }
 
 
 def template_hash() -> str:
-    """First 16 hex digits of the SHA-256 of the template's text."""
-    return hashlib.sha256(template_source().encode()).hexdigest()[:16]
+    """First 16 hex digits of the SHA-256 of all templates, since any may be part of a kernel."""
+    return hashlib.sha256(json.dumps(template_sources(), sort_keys=True).encode()).hexdigest()[:16]
 
 
 def _environment() -> jinja2.Environment:
     return jinja2.Environment(
-        undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True
+        loader=jinja2.DictLoader(template_sources()),
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
     )
 
 

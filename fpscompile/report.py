@@ -17,6 +17,7 @@ from rich.console import Console, RenderableType
 
 from fpscompile.records import GraphRecord, Note, SiteRecord, strict_failures
 from fpscompile.settings import Settings
+from fpscompile.windows import Pattern
 
 WIDTH = 120
 """Columns of ``str(report)``."""
@@ -270,6 +271,8 @@ def plain(value: Any) -> Any:
         return plain(value.value)
     if value is None or isinstance(value, (bool, int, float, str)):
         return value
+    if isinstance(value, Pattern):
+        return value.spec()
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         return {field.name: plain(getattr(value, field.name)) for field in dataclasses.fields(value)}
     if isinstance(value, nx.DiGraph):

@@ -12,6 +12,7 @@ from rich.text import Text
 
 from fpscompile.records import SiteRecord
 from fpscompile.report import SiteGroup, grid_text, percent
+from fpscompile.windows import window_text
 
 if TYPE_CHECKING:
     from fpscompile.report import Report
@@ -139,7 +140,7 @@ def _schedule(report: Report, groups: list[SiteGroup]) -> Table:
     table = _table(title=f"schedule: {schedule.name}", title_justify="left", title_style="bold")
     columns = ["phase", "progress", "window (tiles)", "of", "density", "granularity", "tile"]
     for name in ["grid", *columns] if several else columns:
-        table.add_column(name, no_wrap=True)
+        table.add_column(name, no_wrap=name != "window (tiles)", overflow="fold")
     for group in planned(groups):
         site, plan = group.first, group.first.plan
         assert plan is not None
@@ -148,7 +149,7 @@ def _schedule(report: Report, groups: list[SiteGroup]) -> Table:
             row = [
                 str(index),
                 range_text(phase.start, phase.end) if phase else "all",
-                grid_text(window),
+                window_text(window),
                 grid_text(tile_counts(site)),
                 f"{density:.3f}",
                 granularity_text(site, index),

@@ -3,7 +3,8 @@
 Nothing here is baked into compiled code. Dynamo may reuse one block's code for every block of a class, and for the
 blocks of a second model of the same class (Wan 2.2 has two transformers), so the question "whose call is this?" is
 asked on every call: first of the context that the attached root module opened, then of the owner of the weights
-among the arguments.
+among the arguments. In a backward pass, a block that runs again belongs to the call in which it ran first
+(:mod:`fpscompile.recompute`).
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from typing import Any, Protocol
 import torch
 from torch.utils.weak import WeakIdKeyDictionary
 
+from fpscompile import recompute
 from fpscompile.errors import ConcurrentCallError
 
 Grid = tuple[int, int, int]
@@ -69,7 +71,8 @@ class Call:
 
 _CALL: contextvars.ContextVar[Call | None] = contextvars.ContextVar("fpscompile_call", default=None)
 
-# Parameter -> publisher. Both sides weak: neither a model nor an attachment is kept alive by the other.
+# Parameter -> (publisher, name in its model). Both sides weak: neither a model nor an attachment is kept alive by the
+# other.
 _OWNERS: WeakIdKeyDictionary = WeakIdKeyDictionary()
 _OWNERS_LOCK = threading.Lock()
 
@@ -91,17 +94,18 @@ def current_call() -> Call | None:
     return _CALL.get()
 
 
-def own(parameters: Iterator[torch.Tensor], publisher: Publisher) -> None:
-    """Make ``publisher`` answer for calls that read these weights."""
+def own(parameters: Iterator[tuple[str, torch.Tensor]], publisher: Publisher) -> None:
+    """Make ``publisher`` answer for calls that read these weights, (name, weight) pairs."""
     with _OWNERS_LOCK:
-        for parameter in parameters:
-            _OWNERS[parameter] = weakref.ref(publisher)
+        for name, parameter in parameters:
+            _OWNERS[parameter] = (weakref.ref(publisher), name)
 
 
 def disown(publisher: Publisher) -> None:
     with _OWNERS_LOCK:
-        for parameter in [p for p, ref in _OWNERS.items() if ref() in (publisher, None)]:
+        for parameter in [p for p, (ref, _) in _OWNERS.items() if ref() in (publisher, None)]:
             del _OWNERS[parameter]
+    recompute.forget(publisher)
 
 
 def owner_of(arguments: Sequence[Any]) -> Publisher | None:
@@ -110,10 +114,26 @@ def owner_of(arguments: Sequence[Any]) -> Publisher | None:
         return None
     for argument in arguments:
         if isinstance(argument, torch.nn.Parameter):
-            reference = _OWNERS.get(argument)
-            if reference is not None:
-                return reference()  # type: ignore[no-any-return]
+            owned = _OWNERS.get(argument)
+            if owned is not None:
+                return owned[0]()  # type: ignore[no-any-return]
     return None
+
+
+def weight_names(arguments: Sequence[Any]) -> Iterator[str]:
+    """Names of the owned weights among a compiled graph's arguments, in order."""
+    if not _OWNERS:
+        return
+    for argument in arguments:
+        owned = _OWNERS.get(argument) if isinstance(argument, torch.nn.Parameter) else None
+        if owned is not None:
+            yield owned[1]
+
+
+def all_weight_names(publisher: Publisher) -> list[str]:
+    """Names of all weights that a publisher owns."""
+    with _OWNERS_LOCK:
+        return [name for ref, name in _OWNERS.values() if ref() is publisher]
 
 
 @contextmanager
@@ -125,7 +145,13 @@ def running(arguments: Sequence[Any]) -> Iterator[tuple[float, Grid | None]]:
     """
     call = _CALL.get()
     if call is not None:
-        yield call.publisher.progress(), call.grid
+        progress = call.publisher.progress()
+        recompute.remember(arguments, call.publisher, (progress, call.grid))
+        yield progress, call.grid
+        return
+    again = recompute.recall(arguments)
+    if again is not None:
+        yield again
         return
     publisher = owner_of(arguments)
     if publisher is None:

@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from fpscompile.errors import ScheduleError
+from fpscompile.windows import AnyWindow, is_open, pattern_of, window_of, with_density
+from fpscompile.windows.checks import check_density
 
 GRANULARITIES = ("tensor", "head", "tile", "subtile")
 """Regions of Q and K that share one FP8 scale, from coarse to fine (see :mod:`fpscompile.quant`)."""
@@ -24,10 +26,11 @@ class Phase:
     """Progress at which the phase begins, inclusive."""
     end: float
     """Progress at which it ends, exclusive; the last phase ends at 1.0, inclusive."""
-    window: tuple[int, int, int] | None = None
-    """Key tiles seen along (t, h, w). Exactly one of ``window`` and ``density`` is given."""
+    window: AnyWindow | None = None
+    """Key tiles seen along (t, h, w), or any window of :mod:`fpscompile.windows`. Exactly one of ``window`` and
+    ``density`` is given, except for windows such as "topk" that take a density: it becomes theirs."""
     density: float | None = None
-    """Upper bound on the kept fraction of query-key pairs; the largest window below it is taken."""
+    """Upper bound on the kept fraction of query-key pairs; the largest sliding window below it is taken."""
     granularity: str = "tile"
     """Region of Q and K that shares one FP8 scale; one of :data:`GRANULARITIES`. Unused when ``quant="none"``."""
 
@@ -36,15 +39,20 @@ class Phase:
             raise ScheduleError(
                 f"phase [{self.start}, {self.end}) is not a range of progress: need 0 <= start < end <= 1"
             )
+        where = f"phase [{self.start}, {self.end})"
+        object.__setattr__(self, "density", None if self.density is None else check_density(self.density))
+        if self.window is not None:
+            window = window_of(self.window)
+            if is_open(window):
+                if self.density is None:
+                    raise ScheduleError(f"{where}: window={self.window!r} needs a density")
+                window = with_density(pattern_of(window), self.density)
+                object.__setattr__(self, "density", None)
+            object.__setattr__(self, "window", window)
         if (self.window is None) == (self.density is None):
             raise ScheduleError(
-                f"phase [{self.start}, {self.end}) needs exactly one of window and density, "
-                f"got window={self.window}, density={self.density}"
+                f"{where} needs exactly one of window and density, got window={self.window}, density={self.density}"
             )
-        if self.window is not None:
-            object.__setattr__(self, "window", check_window(self.window))
-        if self.density is not None:
-            check_density(self.density)
         if self.granularity not in GRANULARITIES:
             raise ScheduleError(
                 f"granularity {self.granularity!r} is unknown; choose one of {', '.join(GRANULARITIES)}"
@@ -96,7 +104,7 @@ class Schedule:
         return sum(boundary <= progress for boundary in self.boundaries)
 
     @classmethod
-    def constant(cls, *, window: tuple[int, int, int] | None = None, density: float | None = None) -> Schedule:
+    def constant(cls, *, window: Any = None, density: float | None = None) -> Schedule:
         """One phase for all steps."""
         return cls((Phase(0.0, 1.0, window=window, density=density),), name="constant")
 
@@ -122,24 +130,6 @@ class Schedule:
             except TypeError as error:
                 raise ScheduleError(f"schedule entry {item!r} is not a Phase: {error}") from None
         return cls(tuple(phases))
-
-
-def check_window(window: Any) -> tuple[int, int, int]:
-    """``window`` as three ints >= 1, or ScheduleError."""
-    if (
-        not isinstance(window, Sequence)
-        or len(window) != 3
-        or not all(isinstance(w, int) and not isinstance(w, bool) and w >= 1 for w in window)
-    ):
-        raise ScheduleError(f"window={window!r} must be three integers >= 1: key tiles along (t, h, w)")
-    return (window[0], window[1], window[2])
-
-
-def check_density(density: Any) -> float:
-    """``density`` as a float in (0, 1], or ScheduleError."""
-    if isinstance(density, bool) or not isinstance(density, (int, float)) or not 0.0 < density <= 1.0:
-        raise ScheduleError(f"density={density!r} must be in (0, 1]: the kept fraction of query-key pairs")
-    return float(density)
 
 
 PAPER = Schedule(

@@ -4,17 +4,32 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import functools
+import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from fpscompile.errors import OptionError
-from fpscompile.schedule import GRANULARITIES, Phase, Schedule, check_density, check_window
+from fpscompile.overrides import (
+    HeadWindows,
+    LayerKey,
+    LayerOverride,
+    head_windows,
+    layer_overrides,
+    schedule_of,
+    variants,
+)
+from fpscompile.schedule import GRANULARITIES, Phase, Schedule
+from fpscompile.windows import AnyWindow, window_of
+from fpscompile.windows.checks import check_density
 
 KINDS = ("3d", "spatial", "temporal", "cross", "other")
 """What a site attends over. Only "3d" has a rewrite today."""
 
-QUANT = ("auto", "fp8", "none")
+QUANT = ("auto", "fp8", "int8", "none")
+COMPUTE = ("auto", "float32", "bfloat16")
+AUTOTUNE = ("quick", "full", "off")
 LOWERINGS = ("auto", "triton", "cpp", "boxes", "gather", "reference")
 
 
@@ -51,14 +66,22 @@ class Settings:
 
     tile: tuple[int, int, int] = (4, 8, 8)
     """Tokens of the 3D tile along (t, h, w): the unit of FP8 scales and of sparsity. Clipped to the grid."""
-    window: tuple[int, int, int] | None = None
-    """Key tiles seen along (t, h, w), for all steps. One of ``window``, ``density``, ``schedule``."""
+    window: AnyWindow | None = None
+    """Key tiles seen along (t, h, w), or a window of :mod:`fpscompile.windows`, for all steps. One of ``window``,
+    ``density``, ``schedule``; windows such as "topk" take a density beside them."""
     density: float | None = None
     """Kept fraction of query-key pairs, for all steps: the largest feasible window not above it."""
     schedule: Schedule | None = None
     """A preset's name, a :class:`Schedule`, or a list of :class:`Phase`. Without any: "training_free"."""
+    heads: HeadWindows = ()
+    """Windows of some heads, in every layer: a dict such as {"0-3": "dense"}. Other heads do what the rest says."""
+    layers: tuple[tuple[LayerKey, LayerOverride], ...] = ()
+    """What some layers do instead: a dict such as {"0-1": "dense"}; see :mod:`fpscompile.overrides`."""
     quant: str = "auto"
-    """"fp8", "none", or "auto": fp8 where the device has FP8 tensor cores, none elsewhere."""
+    """"fp8", "int8" (CPUs only), "none", or "auto": fp8 where the device has FP8 tensor cores, none elsewhere."""
+    compute: str = "auto"
+    """Operands of the matrix products of the generated CPU kernel: "float32", "bfloat16", or "auto", which never
+    computes in less than the inputs' dtype."""
     granularity: str | None = None
     """Overrides the granularity of every phase; one of "tensor", "head", "tile", "subtile"."""
     lowering: str = "auto"
@@ -76,22 +99,38 @@ class Settings:
     """Raise when a requested site is not rewritten, instead of recording the reason."""
     attention_kinds: tuple[str, ...] = ("3d",)
     """Kinds of sites to rewrite."""
+    autotune: str | None = None
+    """"quick" or "full": measure, while compiling, what the tuning file does not hold; "off": use no tuning file. None:
+    use what the file holds."""
+    tuning: str | None = None
+    """Path of the tuning file; None: the one in the cache folder."""
+    free_tile: bool = False
+    """Whether ``autotune`` may choose another tile that keeps at least as much and errs no more; ``tile="auto"`` is the
+    default tile with this."""
 
     def __post_init__(self) -> None:
+        tile: Any = self.tile
+        if isinstance(tile, str) and tile == "auto":
+            _set(self, "tile", type(self).tile)
+            _set(self, "free_tile", True)
         _set(self, "tile", _triple("tile", self.tile, "tokens"))
-        chosen = [name for name in ("window", "density", "schedule") if getattr(self, name) is not None]
-        if len(chosen) > 1:
-            raise OptionError(f"give one of window, density and schedule, not {' and '.join(chosen)} together")
         if self.window is not None:
-            _set(self, "window", check_window(self.window))
+            _set(self, "window", window_of(self.window))
         if self.density is not None:
             _set(self, "density", check_density(self.density))
         if self.schedule is not None:
             _set(self, "schedule", Schedule.of(self.schedule))
+        schedule_of(self.window, self.density, self.schedule)
+        _set(self, "heads", head_windows(self.heads))
+        _set(self, "layers", layer_overrides(self.layers))
         _choice("quant", self.quant, QUANT)
+        _choice("compute", self.compute, COMPUTE)
+        if self.compute != "auto" and self.quant == "int8":
+            raise OptionError(f"compute={self.compute!r} and quant='int8' exclude each other: int8 multiplies bytes")
         _choice("lowering", self.lowering, LOWERINGS)
         if self.granularity is not None:
             _choice("granularity", self.granularity, GRANULARITIES)
+        _ = self.variants  # what contradicts itself is an error now
         if not callable(self.inner) and not isinstance(self.inner, str):
             raise OptionError(f"inner={self.inner!r} must be a backend name or a callable(gm, inputs)")
         if self.inner == "fps":
@@ -118,6 +157,14 @@ class Settings:
                     f"attention_kinds={kind!r}: only '3d' attention has a rewrite; other kinds are left alone"
                 )
         _set(self, "attention_kinds", kinds)
+        if self.autotune is not None:
+            _choice("autotune", self.autotune, AUTOTUNE)
+        if self.tuning is not None:
+            if not isinstance(self.tuning, (str, os.PathLike)) or not os.fspath(self.tuning):
+                raise OptionError(f"tuning={self.tuning!r} must be the path of a tuning file")
+            _set(self, "tuning", os.fspath(self.tuning))
+        if not isinstance(self.free_tile, bool):
+            raise OptionError(f"free_tile={self.free_tile!r} must be True or False")
 
     @classmethod
     def from_options(cls, options: Mapping[str, Any] | None) -> Settings:
@@ -132,15 +179,19 @@ class Settings:
 
     @property
     def phases(self) -> Schedule:
-        """The schedule in force: the given one, or one constant phase, or the default preset."""
-        if self.window is not None or self.density is not None:
-            schedule = Schedule.constant(window=self.window, density=self.density)
-        else:
-            schedule = self.schedule or Schedule.of("training_free")
-        if self.granularity is None:
-            return schedule
-        phases = tuple(dataclasses.replace(phase, granularity=self.granularity) for phase in schedule.phases)
-        return dataclasses.replace(schedule, phases=phases)
+        """The schedule in force, layers that are overridden apart; its ranges are those of all layers."""
+        return self.variants[0]
+
+    @functools.cached_property
+    def variants(self) -> tuple[Schedule, ...]:
+        """The schedule in force, then that of each of ``layers``; all have the same ranges of progress."""
+        base = schedule_of(self.window, self.density, self.schedule) or Schedule.of("training_free")
+        return variants(base, self.granularity, self.heads, [override for _, override in self.layers])
+
+    @property
+    def layer_keys(self) -> tuple[LayerKey, ...]:
+        """Keys of ``layers``: the first belongs to variant 1."""
+        return tuple(key for key, _ in self.layers)
 
 
 def _set(target: object, name: str, value: object) -> None:

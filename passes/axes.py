@@ -128,13 +128,11 @@ def split(factor: Factor, high: Size) -> tuple[Axis, Axis] | None:
     if high.hint <= 0 or factor.size.hint % high.hint:
         return None
     low = _over(factor.size, high)
-    if isinstance(factor, Atom):
-        source, key = factor.source, factor.name
-    else:
-        source, key = MADE, f"({describe((factor,))})"
-    fields = {"source": source, "parent": (factor,)}
-    if isinstance(factor, Atom):
-        fields |= {"origin": factor.origin, "dim": factor.dim}
+    lead = factor if isinstance(factor, Atom) else root((factor,))
+    key = factor.name if isinstance(factor, Atom) else f"({describe((factor,))})"
+    fields: dict[str, object] = {"parent": (factor,)}
+    if lead is not None:
+        fields |= {"source": lead.source, "origin": lead.origin, "dim": lead.dim}
     return (
         atom(f"{key}/{low}", high, role="high", **fields),
         atom(f"{key}%{low}", low, role="low", **fields),
@@ -225,15 +223,45 @@ def strided(axis: Axis, size: Size) -> Axis:
 
 
 def root(axis: Axis) -> Atom | None:
-    """The atom that an axis was derived from by striding and splitting off patches, if it is a single one."""
-    if len(axis) != 1 or not isinstance(axis[0], Atom):
+    """The atom that an axis was derived from by striding, splitting off patches and padding, if it is a single one.
+
+    A slice has the root of its whole. Of axes of data laid end to end (a given frame in front of the others), all the
+    same dimension of their tensors, it is the longest one's.
+    """
+    if len(axis) != 1:
         return None
-    lead = axis[0]
-    while lead.role in ("strided", "high") and lead.parent is not None:
-        if len(lead.parent) != 1 or not isinstance(lead.parent[0], Atom):
-            return lead
-        lead = lead.parent[0]
-    return lead
+    factor = axis[0]
+    if isinstance(factor, Cat):
+        return _common_root(factor)
+    if isinstance(factor, Slice):
+        return root(factor.whole)
+    if factor.role in ("strided", "high") and factor.parent is not None:
+        return root(factor.parent) or factor
+    return factor
+
+
+def _common_root(factor: Cat) -> Atom | None:
+    """Of a Cat of single axes: padding and single steps have no root of their own and do not count.
+
+    Slices may be pieces of one axis in another order, so they have none in common.
+    """
+    if any(len(part) != 1 or isinstance(part[0], Slice) for part in factor.parts):
+        return None
+    leads = [lead for part in factor.parts if (lead := root(part)) is not None and lead.source == INPUT]
+    if not leads or len({lead.dim for lead in leads}) != 1:
+        return None
+    return max(leads, key=lambda lead: lead.size.hint)
+
+
+def joined(axis: Axis) -> bool:
+    """Whether several axes were laid end to end somewhere on the way to this one."""
+    while len(axis) == 1:
+        factor = axis[0]
+        above = factor.whole if isinstance(factor, Slice) else factor.parent if isinstance(factor, Atom) else None
+        if above is None:
+            return isinstance(factor, Cat)
+        axis = above
+    return False
 
 
 def cut(axis: Axis, start: Size, size: Size) -> Axis:

@@ -11,6 +11,7 @@ import functools
 import itertools
 import operator
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import sympy
@@ -22,6 +23,8 @@ from fpscompile.passes.axes import (
     INPUT,
     Atom,
     Axis,
+    Cat,
+    Factor,
     Label,
     atom,
     axis_size,
@@ -30,11 +33,14 @@ from fpscompile.passes.axes import (
     describe,
     fresh,
     merge,
+    product,
     reshape,
+    root,
     same,
     strided,
 )
 from fpscompile.passes.base import argument, fake_tensor, fake_value, size_of, target_name
+from fpscompile.passes.frames import whole_of
 
 if TYPE_CHECKING:
     from fpscompile.passes.trace_axes import Tracer
@@ -208,7 +214,8 @@ def cat(tracer: Tracer, node: fx.Node) -> Result:
         # A part of size 1 (a class token) has no atoms; here it takes a place, so it gets one.
         single = (Atom(f"{node.name}[{index}].{dim}", shape[dim], origin=node.name, dim=dim),)
         parts.append(label[dim] or single)
-    result[dim] = concat(parts)
+    frames = whole_of(tensors, tracer.label) if all(each[dim] == labels[0][dim] for each in labels) else None
+    result[dim] = concat(parts) if frames is None else product((*frames, *labels[0][dim]))
     return tuple(result)
 
 
@@ -220,7 +227,8 @@ def stack(tracer: Tracer, node: fx.Node) -> Result:
     out = tracer.shape(node)
     dim = _dim(argument(node, 1, "dim", 0), len(out))
     result = [functools.reduce(merge, axes) for axes in zip(*labels, strict=True)]
-    result.insert(dim, fresh(node.name, dim, out[dim]))
+    frames = whole_of(tensors, tracer.label)
+    result.insert(dim, fresh(node.name, dim, out[dim]) if frames is None else frames)
     return tuple(result)
 
 
@@ -236,7 +244,7 @@ def split(tracer: Tracer, node: fx.Node) -> Result:
     result = []
     for output in outputs:
         size = size_of(output.shape[dim])
-        result.append((*label[:dim], cut(label[dim], start, size), *label[dim + 1 :]))
+        result.append(_part(label, dim, start, size))
         start = Size(start.expr + size.expr, start.hint + size.hint)
     return result
 
@@ -245,13 +253,34 @@ def unbind(tracer: Tracer, node: fx.Node) -> Result:
     label, _ = _source(tracer, node)
     dim = _dim(argument(node, 1, "dim", 0), len(label))
     outputs = fake_value(node)
-    return [(*label[:dim], *label[dim + 1 :]) for _ in outputs]
+    return [_at(label, dim, index) for index in range(len(outputs))]
 
 
 def select(tracer: Tracer, node: fx.Node) -> Result:
     label, _ = _source(tracer, node)
     dim = _dim(argument(node, 1, "dim"), len(label))
-    return (*label[:dim], *label[dim + 1 :])
+    return _at(label, dim, argument(node, 2, "index"))
+
+
+def _at(label: Label, dim: int, index: Any) -> Label:
+    """The label of one place of a dimension.
+
+    The tokens of one sample are not those of another: places of the first dimension of the call's data leave a mark.
+    """
+    rest = (*label[:dim], *label[dim + 1 :])
+    lead = root(label[dim]) if dim == 0 else None
+    if lead is None or lead.source != INPUT:
+        return rest
+    mark = f"@{describe(label[dim])}[{index}]"
+    return tuple(tuple(_marked(factor, mark) for factor in axis) for axis in rest)
+
+
+def _marked(factor: Factor, mark: str) -> Factor:
+    if isinstance(factor, Atom):
+        return replace(factor, name=factor.name + mark, parent=(factor,), role="strided")
+    if isinstance(factor, Cat):
+        return Cat(tuple(tuple(_marked(part, mark) for part in axis) for axis in factor.parts))
+    return replace(factor, whole=tuple(_marked(part, mark) for part in factor.whole))
 
 
 def narrow(tracer: Tracer, node: fx.Node) -> Result:
@@ -260,7 +289,16 @@ def narrow(tracer: Tracer, node: fx.Node) -> Result:
     start = _size_argument(argument(node, 2, "start"))
     if start is None:
         return None
-    return (*label[:dim], cut(label[dim], start, tracer.shape(node)[dim]), *label[dim + 1 :])
+    return _part(label, dim, start, tracer.shape(node)[dim])
+
+
+def _part(label: Label, dim: int, start: Size, size: Size) -> Label:
+    """The label of ``size`` places of a dimension."""
+    axis = cut(label[dim], start, size)
+    if axis or not label[dim]:
+        return (*label[:dim], axis, *label[dim + 1 :])
+    rest = _at(label, dim, start.expr)
+    return (*rest[:dim], (), *rest[dim:])
 
 
 def _size_argument(value: Any) -> Size | None:
@@ -294,6 +332,7 @@ def index_label(
     if chosen and any(isinstance(fake_value(item), (int, torch.SymInt)) for item in items):
         return None  # numbers are indices too: where the chosen dimension ends up depends on their places
     result: list[Axis] = []
+    taken: list[tuple[int, Any]] = []
     dim = 0
     for item in items:
         if item is None:
@@ -305,9 +344,15 @@ def index_label(
             result.append(_chosen(label[dim], item, out[len(result)]))
             dim += 1
         elif isinstance(fake_value(item), (int, torch.SymInt)) and not isinstance(item, bool):
+            taken = [*taken, (dim, item)]
             dim += 1
         else:
             return None
+    if taken and taken[0][0] == 0:
+        return _at((label[0], *result), 0, taken[0][1])
+    if isinstance(items[0], slice) and label[0] and not result[0]:
+        start = _place(tracer, items[0].start, sizes[0], Size(sympy.Integer(0), 0))
+        return ((), *_at((label[0], *result[1:]), 0, start.expr if start is not None else name))
     return tuple(result)
 
 
@@ -343,8 +388,34 @@ def _place(tracer: Tracer, value: Any, size: Size, default: Size) -> Size | None
 
 
 def pad(tracer: Tracer, node: fx.Node) -> Result:
-    """Padded dimensions become new axes, unpadded ones keep theirs."""
-    return expand(tracer, node)
+    """Padding lies before and after an axis; what is cut off by negative padding is cut off."""
+    label, sizes = _source(tracer, node)
+    amounts = argument(node, 1, "pad")
+    if not isinstance(amounts, (tuple, list)):
+        return None
+    result = list(label)
+    for back, (before, after) in enumerate(zip(amounts[::2], amounts[1::2], strict=True), start=1):
+        dim = len(label) - back
+        ahead, behind = _size_argument(before), _size_argument(after)
+        if ahead is None or behind is None or any(a.hint <= 0 and not a.expr.is_number for a in (ahead, behind)):
+            # A symbolic amount that is 0 or less in this call may be another kind of padding in the next.
+            result[dim] = fresh(node.name, dim, tracer.shape(node)[dim])
+            continue
+        axis, size = label[dim], sizes[dim]
+        first, last = min(ahead.hint, 0), min(behind.hint, 0)
+        if first or last:
+            axis = cut(axis, _number(-first), Size(size.expr + first + last, size.hint + first + last))
+        parts = [
+            (Atom(f"{node.name}[{place}].{dim}", amount, origin=node.name, dim=dim),) if amount.hint > 0 else ()
+            for place, amount in enumerate((ahead, behind))
+        ]
+        single = (Atom(f"{node.name}.{dim}", _number(1), origin=node.name, dim=dim),)
+        result[dim] = concat([part for part in (parts[0], axis or single, parts[1]) if part])
+    return tuple(result)
+
+
+def _number(value: int) -> Size:
+    return Size(sympy.Integer(value), value)
 
 
 def linear(tracer: Tracer, node: fx.Node) -> Result:
@@ -400,6 +471,14 @@ def resample(tracer: Tracer, node: fx.Node) -> Result:
     label, _ = _source(tracer, node)
     out = tracer.shape(node)
     return tuple(strided(axis, size) for axis, size in zip(label, out, strict=True)) if len(label) == len(out) else None
+
+
+def pixel_shuffle(tracer: Tracer, node: fx.Node) -> Result:
+    """[..., C, H, W] with a factor moved between the channels and the other two."""
+    label, _ = _source(tracer, node)
+    out = tracer.shape(node)
+    space = (strided(axis, size) for axis, size in zip(label[-2:], out[-2:], strict=True))
+    return (*label[:-3], fresh(node.name, len(out) - 3, out[-3]), *space)
 
 
 def embedding(tracer: Tracer, node: fx.Node) -> Result:
@@ -530,6 +609,7 @@ RULES: dict[str, Rule] = {
         ),
         resample,
     ),
+    **dict.fromkeys(("pixel_shuffle", "pixel_unshuffle"), pixel_shuffle),
     "embedding": embedding,
     **dict.fromkeys(("arange", "linspace"), counted),
     **dict.fromkeys(names("zeros ones full new_zeros new_ones new_full"), blank),

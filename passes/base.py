@@ -40,6 +40,10 @@ class GraphState:
     """The grid that ``attach`` publishes for the call being compiled."""
     attached: bool = False
     """Whether an attachment exists for the call being compiled."""
+    block: str = ""
+    """Path of the block ("blocks.3") that holds all of the graph's weights, where an attachment tells."""
+    weights: tuple[str, ...] = ()
+    """Names of all weights of the attached model; () without an attachment."""
     notes: list[Note] = field(default_factory=list)
     near_misses: list[Rejection] = field(default_factory=list)
     """From normalize: arithmetic that resembles attention, and why it is not taken for it."""
@@ -53,6 +57,8 @@ class GraphState:
     """From find_sites."""
     plans: dict[fx.Node, Plan] = field(default_factory=dict)
     """From plan_sites: a plan for every site that will be rewritten."""
+    layers: dict[fx.Node, Placed] = field(default_factory=dict)
+    """From plan_sites: where in the model the planned sites are; only with ``options["layers"]``."""
     rewritten: dict[fx.Node, fx.Node] = field(default_factory=dict)
     """From lower_sites: canonical call -> the ``fps::attention`` node in its place."""
     progress_source: str = ""
@@ -90,6 +96,19 @@ class GraphState:
     def note(self, level: str, code: str, message: str) -> None:
         if not any(note.code == code and note.message == message for note in self.notes):
             self.notes.append(Note(level, code, message))
+
+
+@dataclass(frozen=True)
+class Placed:
+    """Which of the settings' variants a site runs."""
+
+    path: str
+    """Of its module in the model."""
+    variant: int
+    """In the call that is being compiled; an index into ``Settings.variants``."""
+    inside: str | None = None
+    """Path inside the block, where the code may serve other blocks too: the variant is then an input, and the plan
+    has the phases of all variants, one after the other."""
 
 
 @dataclass(frozen=True)
@@ -142,7 +161,10 @@ def _hint(node: Any) -> int:
     if isinstance(node.hint, int):
         return node.hint
     known = node.shape_env.backed_var_to_val
-    return int(node.expr.xreplace({symbol: known.get(symbol, STAND_IN) for symbol in node.expr.free_symbols}))
+    values = {symbol: known.get(symbol, STAND_IN) for symbol in node.expr.free_symbols}
+    # The ragged size of a nested tensor has a symbol and no number.
+    value = node.expr.xreplace({symbol: size if size.is_Integer else STAND_IN for symbol, size in values.items()})
+    return int(value) if value.is_number else int(STAND_IN)
 
 
 def shape_of(node: fx.Node) -> tuple[Size, ...]:

@@ -23,13 +23,15 @@ from typing import Any
 import sympy
 import torch
 from torch import fx
+from torch._dynamo.resume_execution import TORCH_DYNAMO_RESUME_IN_PREFIX
+from torch._dynamo.symbolic_convert import InstructionTranslator
 
 from fpscompile.errors import GridError
 from fpscompile.ir import AttentionSite, Reason, Rejection, Segment, Size, Span
-from fpscompile.passes.axes import INPUT, Axis, Cat, Slice, axis_size, cut, describe, leaves, root, same
-from fpscompile.passes.base import GraphState, fake_tensor, shape_of, target_name
+from fpscompile.passes.axes import INPUT, Atom, Axis, Cat, Slice, axis_size, cut, describe, leaves, root, same
+from fpscompile.passes.base import GraphState, fake_tensor, shape_of, target_name, words
 from fpscompile.passes.canonical import COVERED, is_canonical
-from fpscompile.passes.grid_sources import grid_of, proven, rotary_table
+from fpscompile.passes.grid_sources import grid_of, opaque, proven, rotary_table
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 ZERO = Size(sympy.Integer(0), 0)
@@ -54,16 +56,9 @@ def _place(state: GraphState, node: fx.Node) -> AttentionSite:
     shapes = [shape_of(tensor) for tensor in (query, key, value)]  # type: ignore[arg-type]
     if any(len(shape) != 4 for shape in shapes):
         rank = len(shapes[0])
-        shape = _site_shape(shapes)
-        return AttentionSite(
-            node,
-            "other",
-            shape,
-            dtype_of(query),
-            rejection=Rejection(
-                Reason.LAYOUT, f"q has {rank} dimensions; [batch, heads, tokens, features] is required", rank, node
-            ),
-        )
+        message = f"q has {rank} dimensions; [batch, heads, tokens, features] is required"
+        rejection = Rejection(Reason.LAYOUT, message, rank, node)
+        return AttentionSite(node, "other", _site_shape(shapes), dtype_of(query), rejection=rejection)
     site = classify(state, node, _site_shape(shapes))
     if site.kind == "3d" and site.rejection is None:
         site = replace(site, rejection=state.declined.get(node) or illegal(node))
@@ -117,16 +112,23 @@ def classify(state: GraphState, node: fx.Node, shape: tuple[Size, Size, Size, Si
     q_axis, k_axis, v_axis = (label[2] for label in labels)
     shape = (*shape[:2], axis_size(q_axis), axis_size(k_axis), shape[4])
     site = AttentionSite(node, "other", shape, dtype_of(node.args[0]))
-    if k_axis != v_axis:
+    if k_axis != v_axis and not _cached(q_axis, k_axis, v_axis):
+        apart = _apart(state, site, q_axis, k_axis, v_axis)
+        if apart is not None:
+            return apart
         return replace(
             site,
             rejection=Rejection(
                 Reason.SEGMENTS,
-                f"keys and values index different tokens ({describe(k_axis)} and {describe(v_axis)})",
+                f"keys and values index different tokens ({describe(k_axis)} and {describe(v_axis)})"
+                + ("; they come from behind a graph break: " + REMEDY if _resumed() else ""),
                 None,
                 node,
             ),
         )
+    if _of_other_samples(labels[0][0], labels[1][0]):
+        message = "queries and keys are of different samples of a batch"
+        return replace(site, kind="cross", rejection=Rejection(Reason.KIND, message, None, node))
     q_runs = runs(q_axis)
     k_runs = refine(runs(k_axis), q_runs)
     shared = [run for run in q_runs if run in k_runs]
@@ -143,6 +145,23 @@ def classify(state: GraphState, node: fx.Node, shape: tuple[Size, Size, Size, Si
     if not [run for run in q_runs if run in runs(k_axis)]:
         return _in_pieces(site, q_runs, runs(k_axis)) or replace(site, kind="cross")
     return _unknown(state, site, shared, labels[0][0])
+
+
+def _of_other_samples(q_batch: Axis, k_batch: Axis) -> bool:
+    """Whether both are slices of one batch, and not the same one."""
+    q, k = (batch[0] if batch and isinstance(batch[0], Slice) else None for batch in (q_batch, k_batch))
+    return q is not None and k is not None and q.whole == k.whole and q.start != k.start
+
+
+def _cached(q_axis: Axis, k_axis: Axis, v_axis: Axis) -> bool:
+    """Whether keys and values differ only in runs that are none of the queries': caches of either, equally long."""
+    k_runs, v_runs = runs(k_axis), runs(v_axis)
+    if len(k_runs) != len(v_runs) or len(k_runs) < 2:
+        return False
+    pairs = list(zip(k_runs, v_runs, strict=True))
+    own = [k == v for k, v in pairs]
+    apart = all(opaque(k) and opaque(v) and same(axis_size(k), axis_size(v)) for k, v in pairs if k != v)
+    return apart and any(own) and not any(run in runs(q_axis) for k, v in pairs if k != v for run in (k, v))
 
 
 def refine(k_runs: tuple[Axis, ...], q_runs: tuple[Axis, ...]) -> tuple[Axis, ...]:
@@ -206,7 +225,72 @@ def _told(
         return None
     t, h, w = (Size(sympy.Integer(n), n) for n in told)
     source = "options" if state.settings.grid else "attach"
+    culprit = reordered(state, matching[0])
+    if culprit is not None:
+        message = (
+            f"{culprit.name} ({target_name(culprit)}) puts the tokens in another order, so they are not the rows of "
+            f"the grid from {source}"
+        )
+        rejection = Rejection(Reason.TOKEN_ORDER, message, None, culprit)
+        return replace(site, kind="3d", rejection=rejection)
     return _video_site(state, site, matching[0], (t, h, w), source, q_runs, k_runs)
+
+
+def _apart(state: GraphState, site: AttentionSite, q_axis: Axis, k_axis: Axis, v_axis: Axis) -> AttentionSite | None:
+    """Behind a graph break, q, k and v may arrive as inputs of their own: only their length shows what they are.
+
+    They are taken for the video's tokens where somebody named a grid of that length; strict refuses the assumption.
+    """
+    told = state.settings.grid or state.published_grid
+    axes = (q_axis, k_axis, v_axis)
+    if told is None or told[0] < 2 or not _resumed():
+        return None
+    lone = [axis[0] for axis in axes if len(axis) == 1 and isinstance(axis[0], Atom) and axis[0].role == "root"]
+    if len(lone) < 3 or any(atom.source != INPUT or atom.size.hint != lone[0].size.hint for atom in lone):
+        return None
+    site = _told(state, site, (q_axis,), (q_axis,)) or site
+    if site.grid is not None:
+        site = replace(site, key_span=Span(ZERO, axis_size(k_axis)), key_runs=(k_axis,))
+        state.note(
+            "warning",
+            "assumed-tokens",
+            f"q, k and v of {site.node} arrive from behind a graph break; they are taken for the tokens of one video "
+            f"since all have the {lone[0].size.hint} tokens of the grid from {site.grid_source}",
+        )
+    return site if site.kind == "3d" else None
+
+
+def _resumed() -> bool:
+    """Whether Dynamo is compiling what follows a graph break."""
+    try:
+        name = InstructionTranslator.current_tx().f_code.co_name
+    except (AttributeError, AssertionError):
+        return False
+    return name.startswith(TORCH_DYNAMO_RESUME_IN_PREFIX)
+
+
+REORDERING = words(
+    "gather index_select take_along_dim take getitem flip fliplr flipud roll rot90 sort argsort topk index_copy "
+    "scatter scatter_ index_put index_put_ setitem"
+)
+
+
+def reordered(state: GraphState, run: Axis) -> fx.Node | None:
+    """The node of the graph that made a run by putting as many tokens in an order of its own, if one did."""
+    nodes = {node.name: node for graph in state.everywhere() for node in graph.graph.nodes}
+    for atom in (factor for factor in run if isinstance(factor, Atom)):
+        if atom.role == "chosen":
+            index = nodes.get(atom.origin)
+            if atom.parent is not None and same(axis_size(atom.parent), atom.size):
+                return index
+            continue
+        node = nodes.get(atom.origin)
+        if atom.role != "root" or node is None or target_name(node) not in REORDERING:
+            continue
+        sources = [source for source in node.all_input_nodes if fake_tensor(source) is not None]
+        if any(same(size, atom.size) for source in sources[:1] for size in shape_of(source)):
+            return node
+    return None
 
 
 def _rotary(
@@ -231,7 +315,8 @@ def _unknown(state: GraphState, site: AttentionSite, shared: list[Axis], batch: 
     """A self-attention without a grid: spatial, temporal, something else, or a video that nothing shows."""
     longest = max(shared, key=lambda run: axis_size(run).hint)
     kind = factor_kind(longest, batch)
-    if kind != "other":
+    # The same axes twice in one sequence: frames that were taken apart and laid end to end.
+    if kind != "other" and shared.count(longest) == 1:
         return replace(site, kind=kind)
     length = axis_size(longest)
     told = state.settings.grid or state.published_grid

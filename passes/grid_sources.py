@@ -20,7 +20,7 @@ from torch import fx
 from torch.utils._python_dispatch import _disable_current_modes
 
 from fpscompile.ir import Reason, Rejection, Size
-from fpscompile.passes.axes import INPUT, Atom, Axis, Slice, axis_size, describe, root
+from fpscompile.passes.axes import INPUT, Atom, Axis, Slice, axis_size, describe, joined, root
 from fpscompile.passes.base import GraphState, fake_tensor, fake_value, shape_of, target_name
 from fpscompile.passes.trace_axes import Meeting, is_parameter
 from fpscompile.rotary_grid import grid_of_table
@@ -34,19 +34,21 @@ MOST_NODES = 400
 
 def grid_of(axis: Axis) -> Grid | Rejection | None:
     """(t, h, w) of a run of tokens; a Rejection when it is a video in another order; None when it is no video."""
-    atoms = [factor for factor in axis if isinstance(factor, Atom)]
-    if len(atoms) != len(axis) or len(axis) < 3:
+    if len(axis) < 3:
         return None
-    roots = [lead for factor in atoms if (lead := root((factor,))) is not None]
-    if len(roots) != len(atoms):
+    roots = [lead for factor in axis if (lead := root((factor,))) is not None]
+    if len(roots) != len(axis):
         return None
     if all(lead.role == "counted" for lead in roots):
         if len({lead.name for lead in roots}) != 3 or len(axis) != 3:
             return None
     else:
-        origins = {lead.origin for lead in roots if lead.source == INPUT}
-        if len(origins) != 1 or any(lead.source != INPUT for lead in roots):
+        # An axis that several tensors share end to end may be rooted in another of them than the rest.
+        shared = [joined((factor,)) for factor in axis]
+        origins = {lead.origin for lead, several in zip(roots, shared, strict=True) if not several}
+        if len(origins) > 1 or any(lead.source != INPUT for lead in roots):
             return None
+        origins |= {lead.origin for lead in roots}
         if len(axis) > 3:
             return Rejection(
                 Reason.TOKEN_ORDER,
@@ -57,12 +59,13 @@ def grid_of(axis: Axis) -> Grid | Rejection | None:
         if len(set(dims)) == 1:
             return None  # one axis taken apart: nothing says that its parts are (t, h, w)
         if dims != sorted(set(dims)):
+            tensors = " and ".join(sorted(origins))
             return Rejection(
                 Reason.TOKEN_ORDER,
-                f"the tokens run over dimensions {dims} of {next(iter(origins))}, not in row-major (t, h, w) order",
+                f"the tokens run over dimensions {dims} of {tensors}, not in row-major (t, h, w) order",
                 dims,
             )
-    t, h, w = (factor.size for factor in atoms)
+    t, h, w = (factor.size for factor in axis)
     return (t, h, w) if t.hint > 1 else None
 
 

@@ -4,6 +4,7 @@ The op takes q, k, v in whatever strides they have and returns [B, L, heads, fea
 [B, heads, L, features], so the transposes around the call stay views. What changes per call is an input:
 
 - the phase, int32 on the device, from the published progress or from the timestep input of the graph;
+- the layer, as an offset of the phase, where one block's code serves them all;
 - the grid, as sizes read from tensors of the graph, as constants, as published by ``attach``, or as the values of a
   rotary table show it.
 
@@ -17,6 +18,7 @@ import functools
 import inspect
 import operator
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import sympy
@@ -31,12 +33,14 @@ from fpscompile.ir import AttentionSite, Size, Span
 from fpscompile.passes.axes import Axis, axis_size, describe, same
 from fpscompile.passes.base import GraphState, copy_origin, emit, fake_tensor, shape_of
 from fpscompile.passes.find_sites import key_mask
-from fpscompile.passes.plan_sites import resolved_plan
+from fpscompile.passes.plan_sites import conservative_phase, resolved_plan
 from fpscompile.passes.strides import laid_out_as
 from fpscompile.passes.subgraphs import carry, holder, outermost_call
 from fpscompile.passes.trace_axes import source_name
+from fpscompile.plan import ResolvedPlan
+from fpscompile.selection import tiles_per_volume
 
-PROGRESS, GRID = "progress", "grid"
+PROGRESS, GRID, LAYERS = "progress", "grid", "layers"
 """Inputs that the backend appends to the graph and fills on every call."""
 
 
@@ -57,7 +61,8 @@ class LowerSites:
 def _rewrite(state: GraphState, site: AttentionSite, inputs: _Inputs) -> fx.Node:
     plan = state.plans[site.node]
     query, key, value = site.node.args[:3]
-    conservative = resolved_plan(site, plan).conservative
+    resolved = resolved_plan(site, plan)
+    conservative = conservative_phase(site, state, resolved)
     device = fake_tensor(query).device  # type: ignore[union-attr]
     phase = inputs.phase(conservative, device, inputs.timestep_fits(site))
     published = inputs.extra(GRID, torch.int64, (3,), torch.device("cpu")) if site.grid_source == "attach" else None
@@ -69,19 +74,46 @@ def _rewrite(state: GraphState, site: AttentionSite, inputs: _Inputs) -> fx.Node
         assert site.query_span is not None
         assert site.key_span is not None
         spans = (sizes.span(site.query_runs, site.query_span), sizes.span(site.key_runs, site.key_span))
+        phase = inputs.of_layer(phase, site)
+        capacity = _capacity(state, grid, spans[0][1], resolved) if resolved.dynamic else None
     inner = holder(state, site.node)
     phase, published = carry(phase, inner), carry(published, inner)  # type: ignore[assignment]
     numbers = [[carry(size, inner) for size in listed] for listed in (grid, *spans)]
     with inner.graph.inserting_before(site.node):
-        arguments = (query, key, value, _mask(inner, site.node), phase, numbers[0], published, *numbers[1:])
-        scale = site.node.kwargs.get("scale")
-        node = emit(inner, torch.ops.fps.attention.default, (*arguments, scale, plan.to_json()))
+        rest = (_mask(inner, site.node), phase, numbers[0], published, *numbers[1:], site.node.kwargs.get("scale"))
+        rest += (plan.to_json(),)
+        if capacity is not None:
+            chosen = (query, key, *rest, carry(capacity, inner))
+            selection = emit(inner, torch.ops.fps.select_tiles.default, chosen)
+            copy_origin(selection, site.node)
+            rest += (selection,)
+        node = emit(inner, torch.ops.fps.attention.default, (query, key, value, *rest))
         output = laid_out_as(inner, emit(inner, operator.getitem, (node, 0)), site.node)
     for new in (node, output):
         copy_origin(new, site.node)
     site.node.replace_all_uses_with(output)
     inner.graph.erase_node(site.node)
     return node
+
+
+def _capacity(
+    state: GraphState, grid: list[int | fx.Node], video: int | fx.Node, resolved: ResolvedPlan
+) -> int | fx.Node:
+    """An upper bound on the number of video tiles: exact where the graph shows the grid."""
+
+    def compute(function: Callable[[int, int], int], left: int | fx.Node, right: int | fx.Node) -> int | fx.Node:
+        if isinstance(left, int) and isinstance(right, int):
+            return function(left, right)
+        return emit(state, function, (left, right))
+
+    if not grid:
+        volumes = compute(operator.add, compute(operator.floordiv, video, resolved.q_layout.volume), 1)
+        return compute(operator.mul, volumes, tiles_per_volume(resolved))
+    counts = [
+        compute(operator.floordiv, compute(operator.add, size, step - 1), step)
+        for size, step in zip(grid, resolved.plan.tile, strict=True)
+    ]
+    return functools.reduce(functools.partial(compute, operator.mul), counts)
 
 
 def _mask(state: GraphState, node: fx.Node) -> fx.Node | None:
@@ -192,6 +224,17 @@ class _Inputs:
                 torch.ops.fps.phase_index.default,
                 (*arguments, float(options.start), float(options.end), float(options.shift)),
             )
+
+    def of_layer(self, phase: fx.Node, site: AttentionSite) -> fx.Node:
+        """``phase`` among the phases of all variants, where the layer is known at run time only."""
+        state = self.state
+        placed = state.layers.get(site.node)
+        if placed is None or placed.inside is None:
+            return phase
+        shared = [node for node, other in state.layers.items() if other.inside is not None]
+        offsets = self.extra(LAYERS, torch.int32, (len(shared),), fake_tensor(phase).device)  # type: ignore[union-attr]
+        place = shared.index(site.node)
+        return emit(state, operator.add, (phase, emit(state, operator.getitem, (offsets, slice(place, place + 1)))))
 
     def of_table(self, table: tuple[fx.Node, int, Size, Size], sizes: _SizeReader) -> fx.Node:
         """The grid that a rotary table shows, read once per call of the graph, at the first site that needs it."""

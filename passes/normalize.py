@@ -24,7 +24,7 @@ from torch import fx
 
 from fpscompile.passes.base import GraphState, target_name
 from fpscompile.passes.canonical import is_canonical
-from fpscompile.passes.softmax_pattern import normalize_softmax
+from fpscompile.passes.softmax_pattern import normalize_softmax, written_softmax
 from fpscompile.passes.spelling_autograd import normalize_autograd
 from fpscompile.passes.spelling_chunks import join_chunks
 from fpscompile.passes.spelling_flash import is_declared, normalize_flash
@@ -39,6 +39,8 @@ SPELLINGS = {
     "scaled_dot_product_attention": normalize_sdpa,
     "softmax": normalize_softmax,
     "_softmax": normalize_softmax,
+    "truediv": written_softmax,
+    "div": written_softmax,
     "hop::flex_attention": normalize_flex,
     "hop::autograd_function_apply": normalize_autograd,
     "multi_head_attention_forward": normalize_mha,

@@ -14,8 +14,14 @@ from fpscompile.errors import OptionError, UnsupportedError
 from fpscompile.ir import AttentionSite
 from fpscompile.kernel_spec import tile_slots
 from fpscompile.lowerings import cpp, triton
+from fpscompile.overrides import stacked
 from fpscompile.passes.base import GraphState, fake_tensor, size_of
+from fpscompile.passes.layers import place
 from fpscompile.plan import Plan, ResolvedPlan, resolve
+from fpscompile.schedule import Schedule
+
+
+INT8_LOWERINGS = ("cpp", "reference")
 
 
 @dataclass(frozen=True)
@@ -23,10 +29,14 @@ class PlanSites:
     name: str = "plan_sites"
 
     def run(self, state: GraphState) -> bool:
+        from fpscompile.tuning.at_compile import calibrated, tuned_plan  # it builds on this module
+
+        state.settings = calibrated(state)
+        place(state, [site for site in state.sites if site.kind in state.settings.attention_kinds])
         for site in state.sites:
             if site.kind not in state.settings.attention_kinds or site.rejection is not None:
                 continue
-            plan = plan_for(site, state)
+            plan = tuned_plan(site, plan_for(site, state), state)
             _note_clamps(state, plan, resolved_plan(site, plan))
             state.plans[site.node] = plan
         return False
@@ -40,27 +50,48 @@ def plan_for(site: AttentionSite, state: GraphState) -> Plan:
     quant = settings.quant
     if quant == "auto":
         quant = "fp8" if triton.has_fp8_tensor_cores(query.device) else "none"
-    plan = Plan.of(settings.phases, tile=settings.tile, quant=quant, lowering=settings.lowering)
+    plan = Plan.of(_schedule(site, state), tile=settings.tile, quant=quant, lowering=settings.lowering, compute=settings.compute)
     tile_slots(plan.tile, plan.block_n)
-    return dataclasses.replace(plan, lowering=_lowering(site, plan, state))
+    plan = dataclasses.replace(plan, lowering=_lowering(site, plan, state))
+    if plan.quant == "int8" and plan.lowering not in INT8_LOWERINGS:
+        return dataclasses.replace(plan, quant="none")  # more exact, and the record of the lowering says so
+    return plan
+
+
+def _schedule(site: AttentionSite, state: GraphState) -> Schedule:
+    """What the site's layer does; all variants in a row where the layer is known at run time only."""
+    variants = state.settings.variants
+    placed = state.layers.get(site.node)
+    if placed is None or placed.inside is None:
+        return variants[placed.variant if placed is not None else 0]
+    return stacked(variants)
 
 
 def _lowering(site: AttentionSite, plan: Plan, state: GraphState) -> str:
     """The fastest lowering that can run a site on its device; what is asked for by name and cannot run is an error.
 
     1. On a GPU, the generated Triton kernels, quantized or not.
-    2. Elsewhere FP8 needs P rounded block by block: gather.
-    3. On a CPU that can build and run it, the generated kernel: it was faster than boxes at every shape measured.
-    4. Otherwise boxes, which run anywhere. Where 1 or 3 gives way, a record says why.
+    2. On a CPU that can build and run it, the generated kernel: it was faster than boxes at every shape measured.
+    3. Otherwise boxes, which run anywhere; or gather, where P is rounded to FP8 block by block, or where a window is no
+       product of the three axes. Where 1 or 2 gives way, a record says why.
     """
     asked = plan.lowering
     query, _, value = (fake_tensor(tensor) for tensor in site.node.args[:3])
     assert query is not None
     assert value is not None
-    if plan.quant == "fp8" and asked in ("boxes", "cpp"):
+    if plan.quant == "int8":
+        if asked not in ("auto", *INT8_LOWERINGS):
+            raise OptionError(f"lowering={asked!r} does not compute in 8-bit integers; use 'cpp' or 'auto'")
+        if query.device.type != "cpu":
+            raise OptionError(f"quant='int8' is for CPUs, and {site.node} is on {query.device}; use quant='fp8'")
+    if plan.quant == "fp8" and asked == "boxes":
         raise OptionError(
-            f"lowering={asked!r} cannot round P to FP8 as quant='fp8' asks; use 'gather', 'triton' or 'auto'"
+            f"lowering={asked!r} cannot round P to FP8 as quant='fp8' asks; use 'cpp', 'gather', 'triton' or 'auto'"
         )
+    resolved = resolved_plan(site, plan)
+    if asked == "boxes":
+        for phase in range(len(resolved.windows)):
+            resolved.product_window(phase)
     generated = "cpp" if query.device.type == "cpu" else "triton"
     if asked not in ("auto", "cpp", "triton"):
         return asked
@@ -69,13 +100,15 @@ def _lowering(site: AttentionSite, plan: Plan, state: GraphState) -> str:
     dims = site.shape[4].hint, size_of(value.shape[3]).hint
     module = triton if generated == "triton" else cpp
     reason = module.why_not(query.dtype, *dims, plan, query.device)
+    if reason is None and generated == "triton" and resolved.dynamic:
+        reason = "its lists of tiles are made before the call, and a top-k window chooses tiles within it"
     if reason is None:
         return generated
-    fallback = "gather" if plan.quant == "fp8" else "boxes"
+    fallback = "gather" if plan.quant == "fp8" or not resolved.product else "boxes"
     if asked != "auto":
         raise UnsupportedError(f"lowering={asked!r} cannot run {site.node}: {reason}; use {fallback!r} or 'auto'")
-    if plan.quant != "fp8" or query.device.type != "cpu":
-        state.note("info", "lowering", f"lowering {fallback!r} in place of the faster {generated!r}: {reason}")
+    exact = ", without quantization," if plan.quant == "int8" else ""
+    state.note("info", "lowering", f"lowering {fallback!r}{exact} in place of the faster {generated!r}: {reason}")
     return fallback
 
 
@@ -86,15 +119,35 @@ def resolved_plan(site: AttentionSite, plan: Plan) -> ResolvedPlan:
     assert site.key_span is not None
     t, h, w = (size.hint for size in site.grid)
     _, _, q_length, k_length, _ = (size.hint for size in site.shape)
-    return resolve(plan, (t, h, w), q_length, k_length, site.query_span.start.hint, site.key_span.start.hint)
+    starts = site.query_span.start.hint, site.key_span.start.hint
+    return resolve(plan, (t, h, w), q_length, k_length, *starts, heads=site.shape[1].hint)
+
+
+def phases_of_call(site: AttentionSite, state: GraphState) -> slice:
+    """The phases of a site's plan that its own layer runs in the call that is being compiled."""
+    placed = state.layers.get(site.node)
+    if placed is None or placed.inside is None:
+        return slice(None)
+    count = len(state.settings.phases.phases)
+    return slice(count * placed.variant, count * (placed.variant + 1))
+
+
+def conservative_phase(site: AttentionSite, state: GraphState, resolved: ResolvedPlan) -> int:
+    """The phase to use when progress is unknown: the densest, in the mean over variants where code serves several."""
+    placed = state.layers.get(site.node)
+    if placed is None or placed.inside is None:
+        return resolved.conservative
+    count = len(state.settings.phases.phases)
+    return max(range(count), key=lambda phase: (sum(resolved.densities[phase::count]), -phase))
 
 
 def _note_clamps(state: GraphState, plan: Plan, resolved: ResolvedPlan) -> None:
     for phase, density in zip(plan.phases, resolved.densities, strict=True):
-        if phase.density is not None and density > phase.density + 1e-9:
+        asked = phase.density if phase.window is None else getattr(phase.window, "density", None)
+        if asked is not None and density > asked + 1e-9:
             state.note(
                 "info",
                 "density-floor",
                 f"grid {resolved.q_layout.grid} with tile {plan.tile} has no window of density "
-                f"{phase.density:.2f}; its sparsest, {density:.3f}, is used",
+                f"{asked:.2f}; its sparsest, {density:.3f}, is used",
             )

@@ -30,6 +30,8 @@ class Match:
     scale: float = 1.0
     factors: tuple[tuple[fx.Node, bool], ...] = ()
     """Scalars of the graph that scale the scores too: (node, whether it divides)."""
+    row_factors: tuple[tuple[fx.Node, bool], ...] = ()
+    """Tensors that broadcast against the scores along the keys and scale them: (node, whether it divides)."""
     mask: fx.Node | None = None
     fill: float | None = None
     """With a filled mask: the value that hidden keys get."""
@@ -45,6 +47,10 @@ class Match:
 
         def write() -> tuple[fx.Node, fx.Node]:
             query = _arrange(state, self.query, self.scores.left_dims, batch)
+            for factor, divides in self.row_factors:
+                if batch == 1 and len(shape_of(factor)) == 3:
+                    factor = emit(state, "unsqueeze", (factor, 1))
+                query = emit(state, operator.truediv if divides else operator.mul, (query, factor))
             key = _arrange(state, self.key, (*self.scores.right_dims[:-2], *self.scores.right_dims[:-3:-1]), batch)
             value = _arrange(state, self.value, self.output.right_dims, batch)
             call = attention(state, query, key, value, self._mask(state, batch), self._scale(state))

@@ -3,8 +3,9 @@
 Read backwards from the softmax to a product of two tensors, and forwards to a second product. Legality:
 
 1. The softmax runs over the last dimension, the keys.
-2. Between the first product and the softmax lie only casts between floating dtypes, scaling by numbers, and at most
-   one mask; none changes the shape. A scaling after the mask would scale the mask too: no match.
+2. Between the first product and the softmax lie only casts between floating dtypes, scaling by numbers or by tensors
+   that are one number per row or wider, subtraction of such numbers (a row's largest score, which softmax does not
+   see), and at most one mask; none changes the shape. A scaling after the mask would scale the mask too: no match.
 3. Between the softmax and the second product lie only such casts and a dropout that does nothing.
 4. Scores and weights have no other reader.
 5. Both products contract exactly what attention contracts: features, then keys; batch dimensions agree.
@@ -31,6 +32,8 @@ from fpscompile.passes.softmax_match import Match
 
 CASTS = frozenset(["to", "float", "double", "half", "bfloat16", "type", "type_as", "contiguous", "_to_copy", "clone"])
 
+SHIFTS = frozenset(["sub", "isub", "sub_", "subtract"])
+
 # A finite fill value drowns any score only if it swallows them when added: below this, float32 spacing exceeds 64.
 DROWNING = -1e9
 
@@ -42,6 +45,18 @@ def normalize_softmax(state: GraphState, softmax: fx.Node) -> bool:
         return found.replace(state)
     if found is not None:
         state.near_misses.append(found)
+    return False
+
+
+def written_softmax(state: GraphState, division: fx.Node) -> bool:
+    """``exp(scores) / exp(scores).sum(-1)`` between two products: said to be no softmax that is known here."""
+    above, below = division.args[:2] if len(division.args) >= 2 else (None, None)
+    if not isinstance(above, fx.Node) or not isinstance(below, fx.Node) or target_name(below) != "sum":
+        return False
+    written = target_name(above) in ("exp", "exp_") and argument(below, 0, "input") is above
+    if written and leads_to_product(_tensor_operand(above)) and _meets_product(division):
+        miss = _miss("its softmax is written out with exp and sum; call torch.softmax in their place", division)
+        state.near_misses.append(miss)
     return False
 
 
@@ -73,11 +88,14 @@ def match_softmax(softmax: fx.Node) -> Match | Rejection | None:
         return _miss("the scores are not [batch, (heads,) queries, keys]", backward.node, scores.out_dims)
     if output.left_dims != tuple(range(rank)):
         return _miss("the second product does not contract the keys", forward.node, output.left_dims)
-    covered = (*forward.chain, *backward.chain)
-    reshaped = next((node for node in covered if not _like(node, backward.node)), None)
+    chain = (*forward.chain, *backward.chain)
+    covered = tuple(sorted({*chain, *backward.aside}, reverse=True))
+    reshaped = next((node for node in chain if not _like(node, backward.node)), None)
     if reshaped is not None:
         return _miss(f"{target_name(reshaped)} broadcasts or casts the scores to something else", reshaped)
-    writer = written_between(backward.node, forward.node, (scores.left, scores.right, backward.mask), covered)
+    factors = [factor for factor, _ in backward.row_factors]
+    tensors = (scores.left, scores.right, backward.mask, *factors)
+    writer = written_between(backward.node, forward.node, tensors, covered)
     if writer is not None:
         return _miss(f"{writer} may write into q, k or the mask before the values are weighed", writer)
     change = mode_changes_between(backward.node, forward.node)
@@ -92,6 +110,7 @@ def match_softmax(softmax: fx.Node) -> Match | Rejection | None:
         output_node=forward.node,
         scale=backward.scale,
         factors=tuple(backward.factors),
+        row_factors=tuple(backward.row_factors),
         mask=backward.mask,
         fill=backward.fill,
         shown=backward.shown,
@@ -116,15 +135,19 @@ class _Scores:
     scale: float = 1.0
     factors: list[tuple[fx.Node, bool]] = field(default_factory=list)
     """Scalars of the graph that scale the scores: (node, whether it divides)."""
+    row_factors: list[tuple[fx.Node, bool]] = field(default_factory=list)
+    """Tensors of one number per row, or wider, that scale the scores: (node, whether it divides)."""
     mask: fx.Node | None = None
     fill: float | None = None
     shown: bool = False
     chain: list[fx.Node] = field(default_factory=list)
+    aside: list[fx.Node] = field(default_factory=list)
+    """What computes, of the scores alone, a shift of their rows."""
     trouble: Rejection | None = None
 
     @property
     def scaled(self) -> bool:
-        return self.scale != 1.0 or bool(self.factors)
+        return self.scale != 1.0 or bool(self.factors) or bool(self.row_factors)
 
 
 @dataclass
@@ -152,7 +175,7 @@ def _read_back(softmax: fx.Node) -> _Scores | Rejection | None:
     while isinstance(node, fx.Node) and node.op in ("call_function", "call_method"):
         name = target_name(node)
         found.node = node
-        if len(node.users) > 1:
+        if len(set(node.users) - {*found.aside}) > 1:
             found.trouble = found.trouble or _miss("the scores are read elsewhere too", node)
         if name in PRODUCTS:
             return _finish_scores(found)
@@ -160,6 +183,9 @@ def _read_back(softmax: fx.Node) -> _Scores | Rejection | None:
         factor = _scaling(node, name)
         if factor is not None:
             node = _apply(found, *factor)
+        elif name in SHIFTS and _per_row(argument(node, 1, "other"), node) and not node.kwargs:
+            node, shift = node.args[:2]  # type: ignore[assignment]
+            found.aside += _made_of(shift, node)
         elif name in CASTS:
             node = _tensor_operand(node)
         elif name in ("add", "iadd", "add_", "masked_fill", "masked_fill_", "where"):
@@ -195,26 +221,51 @@ def _finish_scores(found: _Scores) -> _Scores | Rejection | None:
     return found
 
 
+def _per_row(value: Any, scores: fx.Node) -> bool:
+    """Whether a tensor has one number for a row of the scores, or for more than a row."""
+    tensor = fake_tensor(value) if isinstance(value, fx.Node) else None
+    if tensor is None or not tensor.dtype.is_floating_point or tensor.ndim > len(shape_of(scores)):
+        return False
+    return tensor.ndim == 0 or shape_of(value)[-1].expr == 1
+
+
+def _made_of(shift: Any, scores: Any) -> list[fx.Node]:
+    """The nodes that make a shift of nothing but the scores, each for the next one only; none if it is no such."""
+    found: list[fx.Node] = []
+    node = shift
+    while isinstance(node, fx.Node) and node is not scores:
+        if len(node.users) != 1 or len(found) > 4 or not node.all_input_nodes:
+            return []
+        found.append(node)
+        node = node.all_input_nodes[0]
+    return found
+
+
 def _number(value: Any) -> bool:
     """A number, or a scalar of the graph that is one at run time."""
     return isinstance(fake_value(value), (int, float, torch.SymInt, torch.SymFloat)) and not isinstance(value, bool)
 
 
 def _scaling(node: fx.Node, name: str) -> tuple[Any, Any, bool] | None:
-    """(operand, factor, whether it divides) when a node multiplies or divides a tensor by a number."""
+    """(operand, factor, whether it divides) when a node scales a tensor by a number, or by one for a row or more."""
     left, right = node.args[:2] if len(node.args) >= 2 else (None, None)
-    if name in ("mul", "imul", "mul_", "multiply") and not node.kwargs:
-        if _number(right):
+    if node.kwargs:
+        return None
+    if name in ("mul", "imul", "mul_", "multiply"):
+        if _number(right) or _per_row(right, node):
             return left, right, False
-        if _number(left):
+        if _number(left) or _per_row(left, node):
             return right, left, False
-    if name in ("truediv", "div", "div_", "itruediv", "true_divide") and not node.kwargs and _number(right):
-        return (left, right, True) if isinstance(right, fx.Node) or right != 0 else None
+    divides = name in ("truediv", "div", "div_", "itruediv", "true_divide")
+    if divides and (_per_row(right, node) or (_number(right) and (isinstance(right, fx.Node) or right != 0))):
+        return left, right, True
     return None
 
 
 def _apply(found: _Scores, operand: Any, factor: Any, divides: bool) -> fx.Node | None:
-    if isinstance(factor, fx.Node):
+    if isinstance(factor, fx.Node) and fake_tensor(factor) is not None:
+        found.row_factors.append((factor, divides))
+    elif isinstance(factor, fx.Node):
         found.factors.append((factor, divides))
     else:
         found.scale *= 1.0 / float(factor) if divides else float(factor)

@@ -1,5 +1,7 @@
 """flash-attn and xformers: ops and functions on [batch, L, heads, D], and packed [batch, L, 3, heads, D].
 
+PyTorch's own kernels, called by name, have [batch, heads, L, D].
+
 Matched by registered name, so neither package is needed here. Arguments are accounted for one by one
 (:mod:`fpscompile.passes.declared`); with cumulative lengths the call is packed: :mod:`spelling_varlen`.
 """
@@ -12,7 +14,7 @@ from typing import Any
 from torch import fx
 
 from fpscompile.ir import Reason, Rejection
-from fpscompile.passes.base import GraphState, emit, fake_tensor, shape_of
+from fpscompile.passes.base import GraphState, emit, fake_tensor, shape_of, target_name
 from fpscompile.passes.canonical import attention, idle_readers, substitute
 from fpscompile.passes.declared import KEY, LENGTHS, QUERY, SCALES, VALUE, arguments_of, asks_for_more, first
 from fpscompile.passes.spelling_varlen import unpack
@@ -31,6 +33,16 @@ OPS = frozenset(
         "_efficient_attention_forward",
     ]
 )
+HEADS_FIRST = frozenset(
+    f"_scaled_dot_product_{kernel}"
+    for kernel in (
+        "flash_attention",
+        "flash_attention_for_cpu",
+        "efficient_attention",
+        "cudnn_attention",
+        "fused_attention_overrideable",
+    )
+)
 FUNCTIONS = frozenset(
     ["flash_attn_func", "flash_attn_qkvpacked_func", "flash_attn_varlen_func", "memory_efficient_attention"]
 )
@@ -40,7 +52,7 @@ PACKAGES = frozenset(["flash_attn", "flash_attn_interface", "flash_attn_3", "xfo
 
 def is_declared(name: str) -> bool:
     """Whether a target's name is one of the attention ops known here."""
-    if name in OPS:
+    if name in OPS or name in HEADS_FIRST:
         return True
     module, _, function = name.partition("::")
     return function in FUNCTIONS and module.split(".")[0] in PACKAGES
@@ -74,6 +86,15 @@ def spell(
     rank = 5 if packed is not None else 4
     if any(fake_tensor(tensor) is None or len(shape_of(tensor)) != rank for tensor in tensors):
         return _miss(state, node, f"its inputs are not [batch, tokens, {'3, ' if packed else ''}heads, features]")
+
+    if target_name(node) in HEADS_FIRST:
+
+        def write_plain() -> tuple[fx.Node, fx.Node]:
+            query, key, value = tensors
+            call = attention(state, query, key, value, None, first(arguments, SCALES))
+            return call, call
+
+        return substitute(state, output, covered, write_plain, declined, anchor=node) is not None
 
     def write() -> tuple[fx.Node, fx.Node]:
         query, key, value = (emit(state, "select", (packed, 2, i)) for i in range(3)) if packed is not None else tensors

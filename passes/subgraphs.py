@@ -68,7 +68,7 @@ def _open(state: GraphState, node: fx.Node, body: fx.GraphModule) -> GraphState:
             inside._rename(f"{reference.name}_{inside.name}")
     child = GraphState(inner, state.settings, state.published_grid, state.attached)
     child.parent, child.call, child.prefix = state, node, reference.name
-    for shared in ("notes", "near_misses", "labels", "plans", "rewritten", "declined"):
+    for shared in ("notes", "near_misses", "labels", "plans", "layers", "rewritten", "declined"):
         setattr(child, shared, getattr(state, shared))
     return child
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import threading
 from collections.abc import Iterator
 from typing import Any
@@ -12,6 +13,7 @@ import torch
 from models.oracle import WindowedAttention, window_mask
 from models.zoo import ZOO, output, randn, wan, wan_inputs
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 import fpscompile
 from fpscompile import Backend, Settings
@@ -318,3 +320,33 @@ def test_timestep_given_by_position(phases: list[tuple[int, ...]]) -> None:
         report = fpscompile.explain(model, *positional, options=OPTIONS)
     assert phases == [(2,), (2,)]
     assert report.graphs[0].progress_source == "input 'timestep'"
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_a_block_that_runs_again_in_the_backward_pass_sees_its_own_call(reentrant: bool) -> None:
+    """Checkpointing outside of the compiled blocks: by the time of the backward pass step and grid are others."""
+    model, eager = wan(layers=1).train(), wan(layers=1).train()
+    model.enable_gradient_checkpointing(functools.partial(checkpoint, use_reentrant=reentrant))
+    windows = [(2, 3, 3), (1, 1, 1)]
+    halves = [{"start": i / 2, "end": (i + 1) / 2, "window": window} for i, window in enumerate(windows)]
+    model.compile_repeated_blocks(
+        backend="fps", fullgraph=True, options=OPTIONS | {"schedule": halves, "quant": "none", "inner": "aot_eager"}
+    )
+    # The other kind of checkpoint demands the very graph of the forward pass, which another grid need not get.
+    grids = [(3, 6, 10), (3, 10, 6) if reentrant else (3, 6, 10)]
+    losses = []
+    with fpscompile.attach(model) as attachment:
+        for step, (grid, window) in enumerate(zip(grids, windows, strict=True)):
+            attachment.step(step, 2)
+            inputs = wan_inputs(grid)
+            inputs["hidden_states"] = inputs["hidden_states"] * (1 + step)
+            actual = output(model, **inputs)
+            with WindowedAttention(window_mask(grid, (2, 2, 4), window, 180, 0)):
+                expected = output(eager, **inputs)
+            losses.append((actual.square().sum(), expected.square().sum()))
+        for loss in zip(*losses, strict=True):
+            sum(loss).backward()
+    ours, eagers = (
+        torch.cat([p.grad.flatten() for p in each.parameters() if p.grad is not None]) for each in (model, eager)
+    )
+    assert float((ours - eagers).norm() / eagers.norm()) <= 1e-5

@@ -19,7 +19,12 @@ from fpscompile import Backend, Settings
 TILE, WINDOW = (2, 2, 4), (1, 2, 2)
 DENSE = {"quant": "none", "density": 1.0, "tile": TILE, "inner": "eager", "lowering": "boxes"}
 REWRITTEN = [name for name, entry in AUTHORS.items() if ("3d", None) in entry.sites]
-FAMILIES = ["wan", "hunyuan", "mochi", "block-packed", "padded-text-math", "longer-keys", "multihead", "sliced"]
+SELDOM = {"hunyuan", "mochi", "padded-text-math"}
+"""Families whose gradients take long to compile."""
+FAMILIES = [
+    pytest.param(name, marks=[pytest.mark.slow] if name in SELDOM else [])
+    for name in ("wan", "hunyuan", "mochi", "block-packed", "padded-text-math", "longer-keys", "multihead", "sliced")
+]
 
 
 def relative(actual: torch.Tensor, expected: torch.Tensor) -> float:

@@ -353,7 +353,7 @@ def test_auto_takes_the_generated_kernel_where_it_runs(monkeypatch: pytest.Monke
     monkeypatch.setattr(cpp_build, "unavailable", lambda compute="float32": None)
     assert planned() == ({"cpp"}, [])
     torch._dynamo.reset()
-    assert planned(quant="fp8") == ({"gather"}, [])
+    assert planned(quant="fp8") == ({"cpp"}, [])
     torch._dynamo.reset()
     assert planned(lowering="boxes") == ({"boxes"}, [])
     torch._dynamo.reset()
@@ -361,12 +361,18 @@ def test_auto_takes_the_generated_kernel_where_it_runs(monkeypatch: pytest.Monke
     lowerings, notes = planned()
     assert lowerings == {"boxes"}
     assert notes == ["lowering 'boxes' in place of the faster 'cpp': no compiler today"]
+    torch._dynamo.reset()
+    assert planned(quant="fp8")[0] == {"gather"}
+    torch._dynamo.reset()
+    lowerings, notes = planned(quant="int8")
+    assert lowerings == {"boxes"}
+    assert notes == ["lowering 'boxes', without quantization, in place of the faster 'cpp': no compiler today"]
 
 
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"lowering": "cpp", "quant": "fp8"}, "cannot round P to FP8"),
+        ({"lowering": "gather", "quant": "int8"}, "does not compute in 8-bit integers"),
         ({"lowering": "boxes", "quant": "fp8"}, "cannot round P to FP8"),
     ],
 )

@@ -59,6 +59,10 @@ class Nested:
     make = staticmethod(with_kwargs)
 
 
+def with_samples():
+    return Tiny().eval(), [dict(zip(("latent", "timestep"), inputs())) for _ in range(4)]
+
+
 def list_instead():
     return [1, 2]
 
@@ -97,8 +101,10 @@ def test_version(run) -> None:  # type: ignore[no-untyped-def]
     assert re.fullmatch(r"fpscompile \S.*, torch \S+", result.output.strip())
 
 
-def test_help_lists_the_command(run) -> None:  # type: ignore[no-untyped-def]
-    assert "explain" in run("--help").output
+def test_help_lists_the_commands(run) -> None:  # type: ignore[no-untyped-def]
+    for command in ("tune", "calibrate", "explain", "bench", "doctor"):
+        assert command in run("--help").output
+        assert run(command, "--help").exit_code == 0
     assert "MODULE:FACTORY" in run("explain", "--help").output
 
 
@@ -204,3 +210,128 @@ def test_strict_fails_after_showing_the_report(run) -> None:  # type: ignore[no-
     assert "None of 1 attention call was rewritten" in strict.stdout
     assert strict.stderr.startswith("strict: ")
     assert "dropout" in strict.stderr
+
+
+SMALL = ("--option", "window=(1,1,1)", "--option", "tile=(2,8,8)", "--option", "quant=none", "--option", "inner=eager")
+
+
+def test_tune_measures_once_and_keeps_the_result(run, tmp_path: Path, cold_caches: Path) -> None:  # type: ignore[no-untyped-def]
+    file, data = tmp_path / "tuned.json", tmp_path / "result.json"
+    result = run("tune", "factories:with_kwargs", *SMALL, "--file", str(file), "--json", str(data))
+    assert result.exit_code == 0, result.output
+    assert "4x16x16" in result.stdout
+    first = json.loads(data.read_text())
+    assert first["measurements"] > 0
+    assert len(json.loads(file.read_text())["sites"]) == 1
+    assert run("tune", "factories:with_args", *SMALL, "--file", str(file), "--json", str(data)).exit_code == 0
+    again = json.loads(data.read_text())
+    assert again["measurements"] == 0
+    assert again["groups"][0]["result"]["lowering"] == first["groups"][0]["result"]["lowering"]
+
+
+def test_tune_that_is_interrupted_says_what_is_kept(run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:  # type: ignore[no-untyped-def]
+    from fpscompile.tuning import tuner
+
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(tuner, "measure", interrupt)
+    result = run("tune", "factories:with_kwargs", *SMALL, "--file", str(tmp_path / "tuned.json"))
+    assert result.exit_code == 130
+    assert result.stderr == "interrupted: what was measured so far is kept\n"
+
+
+def test_calibrate_saves_and_says_how_to_use_it(run, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    file, data = tmp_path / "tuned.json", tmp_path / "result.json"
+    options = ("--option", "tile=(2,8,8)", "--max-error", "0.5", "--file", str(file), "--json", str(data))
+    result = run("calibrate", "factories:with_samples", *options)
+    assert result.exit_code == 0, result.output
+    assert f"options={{'tuning': '{file}'}}" in result.stdout.replace("\n", "")
+    entry = json.loads(data.read_text())
+    assert (entry["samples"], entry["held_out"]) == (2, 2)
+    assert next(iter(json.loads(file.read_text())["calibrations"].values()))["options"] == entry["options"]
+    explained = tmp_path / "report.json"
+    assert run("explain", "factories:with_kwargs", "--option", f"tuning={str(file)!r}", "--json", str(explained))
+    notes = {note["code"] for note in json.loads(explained.read_text())["notes"]}
+    assert "calibrated" in notes
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["tune", "factories:with_kwargs", "--effort", "hard"], "effort='hard' is unknown"),
+        (["tune", "factories:with_kwargs", "--file", "factories.py/x.json"], "cannot be written"),
+        (["calibrate", "factories:with_kwargs"], "returned (Tiny, dict); it must return (model or pipeline, list"),
+        (["calibrate", "factories:with_samples"], "calibrate needs max_error=, target_density= or both"),
+        (["bench", "factories:with_kwargs", "--rounds", "1"], "rounds=1 must be at least 3"),
+        (["bench", "factories:with_kwargs", "--option", "inner=nothing"], "inner='nothing' is no registered backend"),
+    ],
+)
+def test_mistakes_of_the_other_commands(run, arguments: list[str], message: str) -> None:  # type: ignore[no-untyped-def]
+    result = run(*arguments)
+    assert result.exit_code == 2, result.output
+    assert message in result.stderr
+    assert result.stderr.count("\n") == 1
+
+
+def test_bench_compares_with_the_inner_compiler(run, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    data = tmp_path / "bench.json"
+    result = run("bench", "factories:with_kwargs", *SMALL, "--rounds", "3", "--json", str(data))
+    assert result.exit_code == 0, result.output
+    assert "1 of 1 attention call rewritten" in result.stdout
+    found = json.loads(data.read_text())
+    assert (found["peer"], found["rounds"], found["rewritten"]) == ("eager", 3, 1)
+    assert 0 < found["difference"] < 1
+    assert found["speedup"] == pytest.approx(found["peer_seconds"] / found["seconds"])
+
+
+def findings(run, tmp_path: Path, *arguments: str) -> dict[str, dict[str, str]]:  # type: ignore[no-untyped-def]
+    data = tmp_path / "doctor.json"
+    result = run("doctor", *arguments, "--json", str(data))
+    found = {item["subject"]: item for item in json.loads(data.read_text())}
+    assert result.exit_code == int(any(item["level"] == "error" for item in found.values())), result.output
+    for item in found.values():
+        assert item["text"] in result.stdout.replace("\n", "")
+        assert item["remedy"] in result.stdout.replace("\n", "")
+    return found
+
+
+def test_doctor_says_what_this_machine_uses(run, tmp_path: Path, cold_caches: Path) -> None:  # type: ignore[no-untyped-def]
+    from fpscompile.lowerings import cpp
+    from fpscompile.plan import PhasePlan, Plan
+
+    found = findings(run, tmp_path)
+    assert torch.__version__ in found["versions"]["text"]
+    runs = cpp.why_not(torch.float32, 64, 64, Plan((4, 8, 8), (PhasePlan(density=1.0),))) is None
+    assert ("'cpp'" in found["float32 on CPU"]["text"]) == runs
+    assert ("boxes" in found["float32 on CPU"]["text"]) != runs
+    assert str(cold_caches / "fps") in found["cache folder"]["text"]
+    assert "fpscompile tune" in found["tuning file"]["remedy"]
+
+
+def test_doctor_says_what_is_missing(run, tmp_path: Path, cold_caches: Path, monkeypatch: pytest.MonkeyPatch) -> None:  # type: ignore[no-untyped-def]
+    from fpscompile import cpp_build
+    from fpscompile.errors import CompilerMissingError
+
+    def no_compiler() -> None:
+        raise CompilerMissingError("none")
+
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("FPS_CACHE_DIR", str(tmp_path / "file" / "cache"))
+    monkeypatch.setenv("FPS_DISABLE", "1")
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    monkeypatch.setattr(cpp_build, "compiler", no_compiler)
+    monkeypatch.setattr(cpp_build, "unavailable", lambda compute="float32": "no compiler")
+    monkeypatch.setattr(torch.backends.mkldnn, "enabled", False, raising=False)
+    found = findings(run, tmp_path)
+    assert found["cache folder"]["level"] == "error"
+    assert "FPS_CACHE_DIR" in found["cache folder"]["remedy"]
+    assert "g++" in found["C++ compiler"]["remedy"]
+    assert found["float32 on CPU"]["text"] == "lowering boxes: no compiler"
+    assert found["FPS_DISABLE"]["level"] == found["TRITON_INTERPRET"]["level"] == "warning"
+
+
+def test_doctor_builds_and_checks_a_kernel(run, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    found = findings(run, tmp_path, "--build")
+    if "'cpp'" in found["float32 on CPU"]["text"]:
+        assert "relative error" in found["trial, float32"]["text"]

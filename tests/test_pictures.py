@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import importlib.util
 import io
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 from fpscompile.pictures import MatplotlibMissingError, mask_figure, schedule_figure, window_figure
-from fpscompile.plan import Plan, ResolvedPlan, resolve
+from fpscompile.plan import PhasePlan, Plan, ResolvedPlan, resolve
 from fpscompile.schedule import PAPER
+from fpscompile.windows import FAMILIES, Heads, TopK, pattern_of
+from fpscompile.windows.base import walk
 
 matplotlib = pytest.importorskip("matplotlib", reason="matplotlib comes with the extra `examples`")
 
@@ -62,6 +66,42 @@ def test_figures_render_and_leave_pyplot_alone(resolved: ResolvedPlan) -> None:
         assert file.getvalue().startswith(b"\x89PNG")
     pyplot = sys.modules.get("matplotlib.pyplot")
     assert pyplot is None or not pyplot.get_fignums()
+
+
+def test_figures_of_other_windows() -> None:
+    """Cells are as pale as the share of heads that see them."""
+    pattern = Heads({"0": "temporal", "1-3": "sink"}, "dense")  # type: ignore[arg-type]
+    plan = Plan((2, 2, 2), (PhasePlan(pattern), PhasePlan(TopK(0.5))))
+    resolved = resolve(plan, (6, 6, 6), 216, 216, heads=4)
+    figure = window_figure(resolved, (1, 1, 1))
+    rows = [np.asarray(axes.collections[0].get_array()).reshape(3, 3) for axes in figure.axes]
+    levels = [sorted({round(float(x), 3) for x in row.flatten()}) for row in rows]
+    assert levels[0] == [round(0.75 * 0.55, 3), 0.55]  # the sink's heads see the first slice, all heads the own place
+    assert levels[2] == [0.0, round(0.25 * 0.55, 3)]
+    assert levels[3] == [round(0.55 * 13 / 27, 3)]
+    titles = [axes.get_title(loc="left") for axes in figure.axes[::3]]
+    assert titles == ["phase 0: heads 0: temporal; heads 1-3: sink; else dense", "phase 1: topk 0.5"]
+    masks = [np.asarray(axes.images[0].get_array()) for axes in mask_figure(resolved).axes]
+    assert set(masks[0].flatten().tolist()) == {0, 64, 191, 255}
+    assert set(masks[1].flatten().tolist()) == {round(255 * 13 / 27)}
+
+
+def test_the_page_of_windows_is_up_to_date() -> None:
+    """docs/make_windows.py makes what is in docs/, and little of it."""
+    docs = Path(__file__).resolve().parent.parent / "docs"
+    spec = importlib.util.spec_from_file_location("make_windows", docs / "make_windows.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["make_windows"] = module
+    spec.loader.exec_module(module)
+    pages = module.pages()
+    for path, text in pages.items():
+        assert (docs / path).read_text(encoding="utf-8") == text, f"{path} is stale: run python docs/make_windows.py"
+    assert sum(len(text) for text in pages.values()) < 300_000
+    assert {path.name for path in (docs / "windows").iterdir()} == {Path(path).name for path in pages} - {"windows.md"}
+    named = {part.family for example in module.EXAMPLES for part in walk(pattern_of(example.spec))}
+    assert named == set(FAMILIES)
 
 
 def test_missing_matplotlib_names_the_extra(resolved: ResolvedPlan, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -44,6 +44,7 @@ def test_json_round_trip() -> None:
         {"lowering": "boxes"},
         {"block_n": 128},
         {"p_scale": 256.0},
+        {"config": (("block_m", 64), ("compute", "float32"))},
     ],
 )
 def test_every_field_changes_the_text(change: dict) -> None:

@@ -64,18 +64,28 @@ def test_what_is_not_read_shares_the_text(change):
 def test_float16_is_computed_in_float32():
     """bfloat16 products would drop three bits of a float16 without a word."""
     assert render.default_config(dataclasses.replace(SPEC, dtype="float16")).compute == "float32"
-    bad = CppConfig(32, 256, "bfloat16")
-    for dtype in ("float16", "float32"):
-        with pytest.raises(UnsupportedError, match="is_valid"):
-            render.render(dataclasses.replace(SPEC, dtype=dtype), bad)
+
+
+@pytest.mark.parametrize(
+    ("quant", "config"),
+    [
+        ("none", CppConfig(32, 512, "int8")),
+        ("int8", CppConfig(32, 512, "float32")),
+        ("fp8", CppConfig(32, 256, "float32")),
+        ("none", CppConfig(32, 256, "float16")),
+    ],
+)
+def test_configs_that_do_not_fit_are_refused(quant, config):
+    """Bytes are int8's, and the blocks of FP8 are the spec's."""
+    with pytest.raises(UnsupportedError, match="is_valid"):
+        render.render(dataclasses.replace(SPEC, quant=quant), config)
 
 
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
         ({"target": "cuda:90"}, r"target='cuda:90' is not 'cpu'"),
-        ({"backward": True}, r"no backward template"),
-        ({"quant": "fp8"}, r"quant='fp8'"),
+        ({"backward": True, "quant": "fp8"}, r"gradients are those of dequantized operands"),
         ({"dtype": "float64"}, r"not float64"),
         ({"head_dim": 31}, r"head_dim=31 is outside 32 to 256"),
         ({"value_dim": 257}, r"value_dim=257 is outside 32 to 256"),
@@ -93,7 +103,8 @@ def test_blocks_that_are_no_whole_vectors_or_panels_are_refused(config):
 
 
 def test_undefined_names_are_errors(monkeypatch):
-    monkeypatch.setattr(render, "template_source", lambda: "{{ spec.head_dim }} {{ no_such_name }}")
+    broken = {"attention.cpp.jinja": "{{ spec.head_dim }} {{ no_such_name }}"}
+    monkeypatch.setattr(render, "template_sources", lambda: broken)
     render._render.cache_clear()
     with pytest.raises(jinja2.UndefinedError, match="no_such_name"):
         render.render(SPEC)
@@ -101,20 +112,21 @@ def test_undefined_names_are_errors(monkeypatch):
 
 def test_template_hash_follows_the_template(monkeypatch):
     before = render.template_hash()
-    source = render.template_source()
-    monkeypatch.setattr(render, "template_source", lambda: source + "\n")
+    sources = render.template_sources()
+    monkeypatch.setattr(render, "template_sources", lambda: {**sources, "_pack.jinja": sources["_pack.jinja"] + "\n"})
     assert re.fullmatch("[0-9a-f]{16}", before)
     assert render.template_hash() != before
 
 
+@pytest.mark.parametrize("variant", [{}, {"quant": "int8"}, {"quant": "fp8"}, {"backward": True}], ids=str)
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 @pytest.mark.parametrize("march", ["x86-64-v3", "x86-64-v4"])
-def test_source_compiles_alone(tmp_path, dtype, march):
+def test_source_compiles_alone(tmp_path, dtype, march, variant):
     """No header of torch's, on processors with and without AVX-512: checked by the compiler, without warnings."""
     if not {"avx2", "fma"} <= cpp_build.processor_flags():
         pytest.skip("not an x86-64 processor")
     path = tmp_path / "kernel.cpp"
-    path.write_text(render.render(dataclasses.replace(SPEC, dtype=dtype, key_mask="bool")))
+    path.write_text(render.render(dataclasses.replace(SPEC, dtype=dtype, key_mask="bool", **variant)))
     command = [cpp_build.compiler()[0], "-std=c++17", "-fsyntax-only", "-fopenmp", f"-march={march}", "-Wall"]
     done = subprocess.run([*command, "-Wextra", "-Werror", "-Wno-psabi", str(path)], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

@@ -2,49 +2,24 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections import Counter
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
 from models.diffusers_zoo import DIFFUSERS_ZOO
-from models.oracle import CountAttention, WindowedCalls, rectangular_mask
+from models.oracle import CountAttention, WindowedCalls
+from models.run_zoo import OPTIONS, compiled, masks, relative
 from models.zoo_entry import Entry, Expect, output
 from torch import nn
 
-import fpscompile
 from fpscompile import Backend, Settings
 from fpscompile.records import SiteRecord
 
-TILE, WINDOW = (2, 2, 4), (1, 2, 1)
-HALVES = [{"start": 0.0, "end": 0.5, "density": 1.0}, {"start": 0.5, "end": 1.0, "window": WINDOW}]
-OPTIONS = {"quant": "none", "schedule": HALVES, "tile": TILE, "inner": "eager", "lowering": "boxes"}
-
 FAMILIES = {entry.family: name for name, entry in reversed(DIFFUSERS_ZOO.items()) if entry.rewritten}
 
-QUICK = {"wan", "hunyuan", "ltx", "helios", "cosmos", "ltx-coords", "cogvideox-5b", "wan-ti2v"}
-"""Families and entries whose further tests run every time."""
-
-
-def relative(actual: torch.Tensor, expected: torch.Tensor) -> float:
-    return float((actual - expected).norm() / expected.norm())
-
-
-@contextlib.contextmanager
-def compiled(entry: Entry, model: nn.Module, fps: Any, **options: Any) -> Iterator[tuple[Any, fpscompile.Attachment]]:
-    """The model compiled as its entry asks, and an attachment through which the test names the step."""
-    with torch._dynamo.config.patch(**entry.capture):
-        if entry.blocks:
-            model.compile_repeated_blocks(backend=fps, fullgraph=True, **options)  # type: ignore[operator]
-            result: Any = model
-        else:
-            result = torch.compile(model, backend=fps, **options)
-        # Attached to the model itself, only the step reaches a graph of the whole model; the grid must come from it.
-        target = result if entry.attach else model
-        with fpscompile.attach(target, grid=entry.grid if entry.attach else lambda args, kwargs: None) as attachment:
-            yield result, attachment
+QUICK = {"wan", "ltx", "helios", "cosmos"}
+"""Families whose gradients are compared every time."""
 
 
 def outcome(site: SiteRecord, expects: tuple[Expect, ...]) -> tuple[Any, ...]:
@@ -69,19 +44,6 @@ def expected_outcome(expect: Expect, entry: Entry) -> tuple[Any, ...]:
         if expect.data_dependent:
             segments = (("video", video),)
     return (expect.kind, expect.reason, grid, expect.source if grid is not None else None, segments)
-
-
-def masks(entry: Entry) -> dict[tuple[int, int], torch.Tensor]:
-    """The window of every class of rewritten calls, by their numbers of queries and keys."""
-    result = {}
-    video = entry.grid[0] * entry.grid[1] * entry.grid[2]
-    for expect in entry.expect:
-        if expect.reason is None:
-            keys = expect.keys or expect.text
-            q_length, k_length = video + sum(expect.text), video + sum(keys)
-            mask = rectangular_mask(entry.grid, TILE, WINDOW, (q_length, expect.text[0]), (k_length, keys[0]))
-            result[q_length, k_length] = mask
-    return result
 
 
 @pytest.mark.parametrize("name", DIFFUSERS_ZOO)
@@ -133,20 +95,27 @@ def test_gradients(family: str) -> None:
     assert relative(actual, expected) <= 1e-5
 
 
-SEVERAL = [name for name, entry in DIFFUSERS_ZOO.items() if entry.grids]
+SEVERAL = [(name, dynamic) for name, entry in DIFFUSERS_ZOO.items() if entry.grids for dynamic in (None, True)]
+OFTEN = {("wan-blocks", True), ("hunyuanvideo", None), ("cogvideox-5b", None), ("ltx", True), ("ltx-coords", None)}
 
 
-@pytest.mark.parametrize("name", [pytest.param(n, marks=[] if n in QUICK else pytest.mark.slow) for n in SEVERAL])
-def test_grids_in_a_row_make_no_more_graphs_than_another_backend(name: str) -> None:
+@pytest.mark.parametrize(
+    ("name", "dynamic"),
+    [case if case in OFTEN else pytest.param(*case, marks=pytest.mark.slow) for case in SEVERAL],
+)
+def test_grids_in_a_row_make_no_more_graphs_than_another_backend(name: str, dynamic: bool | None) -> None:
+    """Inductor's graphs are Dynamo's: it captures them before any backend sees one."""
     entry, captured = DIFFUSERS_ZOO[name], []
     model, fps = entry.build(), Backend(Settings.from_options(OPTIONS))
     with torch.no_grad():
-        with compiled(entry, model, fps) as (run, attachment):
+        expected = [output(model, **entry.inputs(grid)) for grid in entry.grids]
+        with compiled(entry, model, fps, dynamic=dynamic) as (run, attachment):
             attachment.step(0, 2)
-            for grid in entry.grids:
-                assert relative(output(run, **entry.inputs(grid)), output(model, **entry.inputs(grid))) <= 1e-5
+            for grid, eager in zip(entry.grids, expected, strict=True):
+                assert relative(output(run, **entry.inputs(grid)), eager) <= 1e-5
         torch._dynamo.reset()
-        with compiled(entry, model, lambda gm, _: captured.append(gm) or gm) as (run, _):
+        model = entry.build()
+        with compiled(entry, model, lambda gm, _: captured.append(gm) or gm, dynamic=dynamic) as (run, _):
             for grid in entry.grids:
                 output(run, **entry.inputs(grid))
     sites = [site for graph in fps.graphs for site in graph.sites if site.kind == "3d"]
@@ -156,7 +125,7 @@ def test_grids_in_a_row_make_no_more_graphs_than_another_backend(name: str) -> N
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", [name for name, entry in DIFFUSERS_ZOO.items() if entry.rewritten])
+@pytest.mark.parametrize("name", DIFFUSERS_ZOO)
 def test_inductor(name: str) -> None:
     entry = DIFFUSERS_ZOO[name]
     model, fps = entry.build(), Backend(Settings.from_options(OPTIONS | {"inner": "inductor"}))

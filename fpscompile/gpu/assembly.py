@@ -232,7 +232,7 @@ def loops(instructions: Sequence[Instruction]) -> tuple[Loop, ...]:
     """
     if not instructions:
         return ()
-    blocks, graph = _flow(instructions)
+    blocks, graph = flow(instructions)
     found = []
     dominator = nx.immediate_dominators(graph, 0)
     bodies: dict[int, set[int]] = {}
@@ -252,7 +252,7 @@ def loops(instructions: Sequence[Instruction]) -> tuple[Loop, ...]:
     return tuple(sorted(found, key=lambda loop: (-sum(loop.tensor.values()), loop.start)))
 
 
-def _flow(instructions: Sequence[Instruction]) -> tuple[list[list[Instruction]], nx.DiGraph]:
+def flow(instructions: Sequence[Instruction]) -> tuple[list[list[Instruction]], nx.DiGraph]:
     """Basic blocks and the graph of their indices, entry 0."""
     place = {instruction.address: i for i, instruction in enumerate(instructions)}
     heads = {0}

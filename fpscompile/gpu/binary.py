@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import importlib.util
 import inspect
+import logging
 import os
 import pickle
 import re
@@ -25,8 +26,10 @@ from pathlib import Path
 from typing import Any
 
 from fpscompile.errors import FpsError, UnsupportedError
-from fpscompile.gpu import assembly
+from fpscompile.gpu import assembly, descriptors
 from fpscompile.gpu.interpreter import interpreting
+
+log = logging.getLogger("fpscompile")
 
 TARGETS = ("cuda:80", "cuda:89", "cuda:90", "cuda:100", "cuda:120", "hip:gfx942", "hip:gfx950")
 """Targets that the project compiles for in its tests."""
@@ -66,6 +69,10 @@ class BinaryReport:
     """Innermost loops with matrix products, the one with the most of them first."""
     serialized: tuple[str, ...] = ()
     """ptxas's warnings that matrix products wait for one another."""
+    damaged: tuple[str, ...] = ()
+    """Matrix products whose operands are not where the compiler said: see :mod:`fpscompile.gpu.descriptors`."""
+    unfollowed: int = 0
+    """Matrix products of which that could not be told."""
 
     @property
     def main_loop(self) -> assembly.Loop:
@@ -85,7 +92,7 @@ def compile_kernel(
     options: Mapping[str, Any] | None = None,
     *,
     target: str,
-    allow_serialized: bool = False,
+    allow_flaws: bool = False,
 ) -> BinaryReport:
     """Compile one kernel and report on it.
 
@@ -95,13 +102,13 @@ def compile_kernel(
             included) or tensor descriptors.
         options: keyword arguments of the launch: constexpr parameters, num_warps, num_stages, maxnreg, ...
         target: see :data:`TARGETS`; other architectures that Triton knows work too.
-        allow_serialized: report ptxas's warnings about serialized matrix products instead of raising.
+        allow_flaws: report serialized or damaged matrix products instead of raising.
 
     Raises:
-        BinaryError: it does not compile, or its asynchronous matrix products were serialized.
+        BinaryError: it does not compile, or ptxas serialized or damaged its asynchronous matrix products.
         UnsupportedError: a target that is neither CUDA nor HIP.
     """
-    return inspect_artifacts(compile_artifacts(kernel, args, options, target=target), allow_serialized=allow_serialized)
+    return inspect_artifacts(compile_artifacts(kernel, args, options, target=target), allow_flaws=allow_flaws)
 
 
 @dataclass(frozen=True)
@@ -242,22 +249,30 @@ def _import(path: str) -> Any:
     return module
 
 
-def inspect_artifacts(artifacts: Artifacts, *, allow_serialized: bool = False) -> BinaryReport:
+def inspect_artifacts(artifacts: Artifacts, *, allow_flaws: bool = False) -> BinaryReport:
     """Resources and loops of a compiled kernel; errors as for :func:`compile_kernel`."""
     if artifacts.target.startswith("hip:"):
         text = artifacts.texts["amdgcn"]
         instructions = assembly.parse_amd(text)
         resources = _amd_resources(text)
         serialized: tuple[str, ...] = ()
+        found: tuple[descriptors.Finding, ...] = ()
     else:
         instructions = assembly.parse_sass(_disassemble(artifacts.texts["cubin"]))
+        found = descriptors.findings(instructions, artifacts.texts["ptx"]) if artifacts.target == "cuda:90" else ()
         log = _ptxas_log(artifacts.texts["ptx"], artifacts.target)
         resources = _nvidia_resources(log)
+        damaged = [item.text for item in found if item.certain]
         serialized = tuple(line.strip() for line in log.splitlines() if SERIALIZED.match(line))
-        if serialized and not allow_serialized:
+        if serialized and not allow_flaws:
             raise BinaryError(
                 f"{artifacts.kernel} on {artifacts.target}: ptxas serialized its matrix products, which costs their "
                 f"overlap; change the block sizes or lift a register cap. It says: {serialized[0]}"
+            )
+        if damaged and not allow_flaws:
+            raise BinaryError(
+                f"{artifacts.kernel} on {artifacts.target}: ptxas gives matrix products operands that they were not "
+                f"meant to have, so results would be wrong; change the block sizes. {damaged[0]}"
             )
     return BinaryReport(
         kernel=artifacts.kernel,
@@ -269,8 +284,48 @@ def inspect_artifacts(artifacts: Artifacts, *, allow_serialized: bool = False) -
         opcodes=assembly.opcodes(instructions),
         loops=assembly.loops(instructions),
         serialized=serialized,
+        damaged=tuple(item.text for item in found if item.certain),
+        unfollowed=sum(not item.certain for item in found),
         **resources,
     )
+
+
+_checked: set[str] = set()
+
+
+def refuse_damaged(compiled: Any) -> None:
+    """Look once at a kernel that Triton has just launched on this machine.
+
+    What ptxas damages depends on every argument's type and divisibility, so that no list of tested cases is complete.
+
+    Args:
+        compiled: what ``kernel[grid](...)`` returned; None, from the interpreter, is fine.
+
+    Raises:
+        BinaryError: its matrix products read other memory than they were told to.
+    """
+    if compiled is None or compiled.hash in _checked:
+        return
+    _checked.add(compiled.hash)
+    target = compiled.metadata.target
+    if (target.backend, target.arch) != ("cuda", 90):
+        return
+    try:
+        listing = _disassemble(compiled.asm["cubin"])
+    except BinaryError as error:
+        log.warning("the machine code of %s could not be checked: %s", compiled.metadata.name, error)
+        return
+    found = descriptors.findings(assembly.parse_sass(listing), compiled.asm["ptx"])
+    for item in found:
+        if not item.certain:
+            log.debug("%s: %s", compiled.metadata.name, item.text)
+    certain = [item.text for item in found if item.certain]
+    if certain:
+        _checked.discard(compiled.hash)  # the next launch is refused, too
+        raise BinaryError(
+            f"ptxas damaged the kernel {compiled.metadata.name}, whose results would be wrong; choose another tile, "
+            f"lowering='boxes', or lowering='gather' with quant='fp8'. {certain[0]}"
+        )
 
 
 def tool(name: str) -> str:

@@ -63,6 +63,8 @@ def why_invalid(config: KernelConfig, spec: KernelSpec) -> str | None:
         return f"num_warps={config.num_warps} is not one of 1, 2, 4, 8, 16"
     if not 1 <= config.num_stages <= 8:
         return f"num_stages={config.num_stages} is not in 1 to 8"
+    if _single(spec) and config.num_stages == 1 and spec.target.startswith("cuda:"):
+        return "num_stages=1 holds whole blocks of float32 keys in registers, which would spill"
     held, per_thread = _accumulators(config, spec)
     if held > per_thread:
         return f"{held} float32 accumulators per thread are more than {per_thread}: registers would spill"
@@ -101,7 +103,7 @@ def shared_bytes(config: KernelConfig, spec: KernelSpec) -> int:
         return rows * (dp + 128) + max(config.num_stages, 2) * keys + 1024
     # A unit's index is loaded a step before its keys, whose tokens (unquantized) before their rows.
     deep = (config.num_stages - 1) // 2
-    if spec.target in ("cuda:90", "cuda:100", "cuda:103"):
+    if spec.target in ("cuda:90", "cuda:100", "cuda:103") and not _single(spec):
         buffers = deep + 1 if config.num_stages > 3 else min(config.num_stages, 2)
         exchanged = p if rows < 16 * config.num_warps or spec.target != "cuda:90" else 0
         return q + buffers * keys + exchanged + 2048
@@ -166,14 +168,16 @@ def default_config(spec: KernelSpec) -> KernelConfig:
     other. Where operands go through registers (sm_80, sm_89), 128 rows spare P a trip through shared memory.
     Unquantized operands fill twice the shared memory, so one program of 128 rows has it to itself. Where that would
     spill (wide heads, float32, columns that differ, Blackwell), fewer rows are shared between more warps.
+
+    Where nothing fits (wide heads of float32), the config returned is invalid: :func:`why_invalid` says why.
     """
     slots, wide = spec.tile_slots, _wide(spec)
-    single = spec.dtype == "float32" and spec.quant == "none"
     if spec.target.startswith("hip:"):
-        warps = 8 if wide else 4
+        warps = 8 if wide and spec.quant == "fp8" else 4
         depths = (1,) if _crowded(spec) else (2, 1)
-        choices = [KernelConfig(min(m, slots), warps, stages) for m in (64, 32, 16) for stages in depths]
-    elif single:
+        rows = (32, 16) if wide and spec.quant == "none" else (64, 32, 16)
+        choices = [KernelConfig(min(m, slots), warps, stages) for m in rows for stages in depths]
+    elif _single(spec):
         choices = [KernelConfig(min(m, slots), 8, stages) for m in (32, 16) for stages in (2, 1)]
     elif wide or _crowded(spec) or (spec.quant == "none" and spec.target in ("cuda:100", "cuda:103", "cuda:120")):
         choices = [KernelConfig(min(m, slots), 8, stages) for m in (64, 32, 16) for stages in (2, 1)]
@@ -193,6 +197,11 @@ def _crowded(spec: KernelSpec) -> bool:
     return several and max(spec.head_dim, spec.value_dim) > 96
 
 
+def _single(spec: KernelSpec) -> bool:
+    """Whether products are float32's, which no tensor core makes."""
+    return spec.dtype == "float32" and spec.quant == "none"
+
+
 def _wide(spec: KernelSpec) -> bool:
     return max(spec.head_dim, spec.value_dim) > 128
 
@@ -200,7 +209,7 @@ def _wide(spec: KernelSpec) -> bool:
 def padded(dim: int) -> int:
     """Features of a head as kernels hold them: the next power of two, at least 64.
 
-    An FP8 product needs 32; but with rows of 32 bytes the FP8 backward that Triton 3.6 compiles gave wrong values on an
-    H200, where it was right with 64 and 128.
+    An FP8 product needs 32; but with rows of 32 bytes ptxas damages the kernel of dq: see
+    :mod:`fpscompile.gpu.descriptors`.
     """
     return max(64, 1 << (dim - 1).bit_length())

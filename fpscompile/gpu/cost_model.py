@@ -258,7 +258,7 @@ class Ranked:
     config: KernelConfig
     report: BinaryReport
     prediction: Prediction | None
-    """None where the binary spills, is serialized or does not fit; :attr:`reason` says which."""
+    """None where the binary must not be used or does not fit; :attr:`reason` says why."""
     reason: str | None = None
 
 
@@ -272,12 +272,14 @@ def rank(spec: KernelSpec, configs: Iterable[KernelConfig] | None = None, gpu: G
         raise UnsupportedError(f"the cost model knows sm_90 (H100, H200), not {spec.target}")
     found = []
     for config in configs if configs is not None else candidates(spec):
-        report = offline.compile_forward(spec, config, allow_serialized=True)
+        report = offline.compile_forward(spec, config, allow_flaws=True)
         prediction, reason = None, None
         if report.spill_bytes:
             reason = f"it spills {report.spill_bytes} bytes"
         elif report.serialized:
             reason = "its matrix products wait for one another"
+        elif report.damaged:
+            reason = "ptxas gives its matrix products wrong operands"
         else:
             try:
                 prediction = predict(report, spec, config, gpu)

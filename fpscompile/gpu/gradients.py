@@ -31,6 +31,7 @@ import torch
 
 from fpscompile.errors import UnsupportedError
 from fpscompile.gpu import operands, render
+from fpscompile.gpu.binary import refuse_damaged
 from fpscompile.gpu.config import padded
 from fpscompile.gpu.operands import KeyBias, Packed
 from fpscompile.gpu.tables import Tables, row_blocks, tables_of
@@ -66,9 +67,20 @@ _FITTING = {
     # Up to 64, 128 and 256 features: blocks that neither spill registers nor exceed shared memory.
     ("wgmma", "none"): ((128, 64, 8, 2, 128, 64, 8, 2), (128, 64, 8, 2, 128, 64, 8, 2), (128, 32, 8, 2, 64, 32, 8, 2)),
     ("wgmma", "fp8"): ((128, 64, 8, 2, 128, 64, 8, 2), (128, 64, 8, 2, 128, 64, 8, 2), (64, 32, 8, 2, 64, 16, 8, 2)),
+    ("tcgen05", "none"): ((64, 64, 8, 2, 128, 64, 8, 2), (64, 64, 8, 2, 128, 64, 8, 2), (64, 32, 8, 2, 64, 32, 8, 2)),
+    ("tcgen05", "fp8"): ((128, 64, 8, 2, 128, 64, 8, 2), (128, 64, 8, 2, 128, 64, 8, 2), (64, 32, 8, 2, 64, 16, 8, 2)),
     ("mma", "none"): ((128, 64, 8, 2, 128, 64, 8, 2), (128, 32, 8, 2, 64, 64, 8, 2), (64, 16, 8, 2, 32, 32, 8, 2)),
     ("mma", "fp8"): ((128, 32, 8, 2, 128, 32, 8, 2), (64, 32, 8, 2, 64, 64, 8, 2), (64, 16, 8, 2, 32, 32, 8, 2)),
-    ("fma", "none"): ((64, 32, 8, 2, 64, 32, 8, 2), (32, 32, 4, 2, 32, 32, 8, 2), (16, 16, 4, 2, 16, 16, 8, 2)),
+    ("mfma", "none"): ((128, 64, 8, 2, 64, 32, 4, 2), (64, 32, 4, 2, 32, 32, 4, 2), (32, 16, 4, 2, 32, 16, 4, 2)),
+    ("mfma", "fp8"): ((128, 32, 8, 2, 128, 32, 8, 2), (64, 32, 4, 2, 32, 32, 4, 2), (32, 16, 4, 2, 32, 16, 4, 2)),
+    ("fma", "none"): ((64, 32, 8, 2, 64, 32, 8, 2), (32, 32, 4, 2, 16, 32, 8, 2), (16, 16, 4, 2, 16, 16, 8, 2)),
+}
+
+_CROWDED = {
+    # The same, where a mask or a scale per run of slots takes registers too.
+    ("wgmma", "fp8", 1): (128, 32, 8, 2, 128, 32, 8, 2),
+    ("mma", "none", 0): (128, 64, 8, 2, 128, 32, 8, 2),
+    ("mma", "fp8", 0): (128, 32, 8, 2, 64, 32, 8, 2),
 }
 
 
@@ -76,11 +88,19 @@ def default_config(spec: KernelSpec) -> GradientConfig:
     """The config where nothing has been tuned."""
     if spec.quant == "none" and spec.dtype == "float32":
         unit = "fma"  # tensor cores would drop digits
+    elif spec.target == "cuda:90":
+        unit = "wgmma"  # multiplies straight from shared memory, and accumulates in registers
+    elif spec.target in ("cuda:100", "cuda:103"):
+        unit = "tcgen05"  # accumulates in a memory of its own
+    elif spec.target.startswith("hip:"):
+        unit = "mfma"  # four warps may have twice the registers per lane that eight have
     else:
-        # From Hopper on, GPUs for data centers multiply straight from shared memory.
-        unit = "wgmma" if spec.target in ("cuda:90", "cuda:100", "cuda:103") else "mma"
+        unit = "mma"
     dim = max(padded(spec.head_dim), padded(spec.value_dim))
-    return GradientConfig(*_FITTING[unit, spec.quant][0 if dim <= 64 else 1 if dim <= 128 else 2])
+    size = 0 if dim <= 64 else 1 if dim <= 128 else 2
+    crowded = spec.key_mask != "none" or (spec.quant == "fp8" and "subtile" in spec.granularities)
+    chosen = _CROWDED.get((unit, spec.quant, size)) if crowded else None
+    return GradientConfig(*(chosen or _FITTING[unit, spec.quant][size]))
 
 
 def backward(
@@ -129,7 +149,7 @@ def backward(
         for launch in launches(
             grad_out, q, k, v, out, lse, dq, dk, dv, packed, bias, phase, resolved, tables, spec, config, scale
         ):
-            launch.kernel[launch.grid](*launch.args, **launch.options)
+            refuse_damaged(launch.kernel[launch.grid](*launch.args, **launch.options))
     return dq.transpose(1, 2), dk.transpose(1, 2), dv.transpose(1, 2)
 
 

@@ -7,6 +7,7 @@ heads.
 
 from __future__ import annotations
 
+import functools
 import math
 from types import FunctionType, ModuleType, SimpleNamespace
 from typing import Any
@@ -14,21 +15,24 @@ from typing import Any
 import torch
 
 from fpscompile.errors import UnsupportedError
-from fpscompile.gpu import binary, render
+from fpscompile.gpu import binary, gradients, operands, render
 from fpscompile.gpu.config import KernelConfig, padded
+from fpscompile.gpu.tables import Tables, tables_of
 from fpscompile.kernel_spec import KernelSpec
+from fpscompile.plan import PhasePlan, Plan, ResolvedPlan, resolve
 from fpscompile.quant import SUBTILE
 
 HEADS = 40
+GRID = (21, 45, 80)
 LENGTH = 75_600
 PHASES = 3
 
 _FP8 = {"e4m3": torch.float8_e4m3fn, "e4m3fnuz": torch.float8_e4m3fnuz}
 
 
-def compile_forward(spec: KernelSpec, config: KernelConfig, *, allow_serialized: bool = False) -> binary.BinaryReport:
+def compile_forward(spec: KernelSpec, config: KernelConfig, *, allow_flaws: bool = False) -> binary.BinaryReport:
     """The attention kernel of a spec on the spec's own target; errors as for :func:`binary.compile_kernel`."""
-    return binary.inspect_artifacts(forward_artifacts(spec, config), allow_serialized=allow_serialized)
+    return binary.inspect_artifacts(forward_artifacts(spec, config), allow_flaws=allow_flaws)
 
 
 def forward_artifacts(spec: KernelSpec, config: KernelConfig) -> binary.Artifacts:
@@ -42,7 +46,7 @@ def forward_artifacts(spec: KernelSpec, config: KernelConfig) -> binary.Artifact
 
 
 class _Recorder:
-    """Stands in for a kernel and keeps what it would have been launched with."""
+    """Stands in for a kernel and keeps what it was launched with last."""
 
     args: tuple[Any, ...] = ()
     options: dict[str, Any]
@@ -52,6 +56,100 @@ class _Recorder:
 
     def __call__(self, *args: Any, **options: Any) -> None:
         self.args, self.options = args, options
+
+
+def gradient_artifacts(spec: KernelSpec, config: gradients.GradientConfig | None = None) -> dict[str, binary.Artifacts]:
+    """The kernels of the backward by name: "query_gradients", "key_gradients" and, with FP8, "pack_gradients"."""
+    resolved, tables = _problem(spec)
+    batch, heads, key_heads = 1, HEADS, HEADS // spec.gqa_group
+    dtype = getattr(torch, spec.dtype)
+
+    def sequence(heads: int, dim: int) -> torch.Tensor:
+        return torch.empty(batch, LENGTH, heads, dim, dtype=dtype, device="meta")
+
+    q, k, v, out = (
+        sequence(n, dim).transpose(1, 2)
+        for n, dim in (
+            (heads, spec.head_dim), (key_heads, spec.head_dim), (key_heads, spec.value_dim), (heads, spec.value_dim),
+        )
+    )  # fmt: skip
+    grads = (sequence(heads, spec.head_dim), sequence(key_heads, spec.head_dim), sequence(key_heads, spec.value_dim))
+    lse = torch.empty(batch, heads, LENGTH, device="meta")
+    mask = _mask(spec)
+    bias = None if mask is None else _bias(tables)
+    packed = _pack(spec, q, k, v, mask, tables, render.load("quantize", spec)) if spec.quant == "fp8" else None
+    launches = gradients.launches(
+        out, q, k, v, out, lse, *grads, packed, bias, torch.zeros(1, dtype=torch.int32), resolved, tables, spec,
+        config or gradients.default_config(spec), spec.head_dim**-0.5,
+    )  # fmt: skip
+    found: dict[str, binary.Artifacts] = {}
+    for launch in launches:
+        name = launch.kernel.__name__
+        if name not in found:  # the pairs come some at a time, and all times are alike
+            found[name] = binary.compile_artifacts(launch.kernel, launch.args, launch.options, target=spec.target)
+    return found
+
+
+def prepass_artifacts(spec: KernelSpec) -> dict[str, binary.Artifacts]:
+    """The kernels of the FP8 pre-pass by name; ``quantize_tiles`` as it is launched for K."""
+    _, tables = _problem(spec)
+    module = render.load("quantize", spec)
+    kernels = ("key_statistics", "tile_maxima", "quantize_tiles", "quantize_values")
+    recorders = {name: _Recorder() for name in kernels}
+    stand_in: Any = SimpleNamespace(**{**vars(module), **recorders})
+    shapes = (
+        (HEADS, spec.head_dim), (HEADS // spec.gqa_group, spec.head_dim), (HEADS // spec.gqa_group, spec.value_dim),
+    )  # fmt: skip
+    q, k, v = (
+        torch.empty(1, LENGTH, heads, dim, dtype=getattr(torch, spec.dtype), device="meta").transpose(1, 2)
+        for heads, dim in shapes
+    )
+    _pack(spec, q, k, v, _mask(spec), tables, stand_in)
+    return {
+        name: binary.compile_artifacts(getattr(module, name), recorder.args, recorder.options, target=spec.target)
+        for name, recorder in recorders.items()
+        if recorder.args
+    }
+
+
+@functools.lru_cache(maxsize=16)
+def _problem(spec: KernelSpec) -> tuple[ResolvedPlan, Tables]:
+    """The representative grid under a spec's tiles, on the CPU."""
+    names = spec.granularities
+    phases = tuple(PhasePlan(density=0.25, granularity=names[i % len(names)]) for i in range(PHASES))
+    plan = Plan(tile=spec.tile, phases=phases, quant=spec.quant, smooth_k=spec.smooth_k, block_n=spec.block_n)
+    resolved = resolve(plan, GRID, LENGTH, LENGTH)
+    return resolved, tables_of(resolved, torch.device("cpu"))
+
+
+def _mask(spec: KernelSpec) -> torch.Tensor | None:
+    dtypes = {"none": None, "bool": torch.bool, "float": torch.float32}
+    dtype = dtypes[spec.key_mask]
+    return None if dtype is None else torch.empty(1, 1, 1, LENGTH, dtype=dtype, device="meta")
+
+
+def _bias(tables: Tables) -> operands.KeyBias:
+    return operands.KeyBias(
+        bias=torch.empty(1, 1, tables.k_slots, device="meta"),
+        state=torch.empty(1, 1, tables.k_slots // tables.unit, dtype=torch.uint8, device="meta"),
+    )
+
+
+def _pack(
+    spec: KernelSpec, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None, tables: Tables,
+    module: Any,
+) -> operands.Packed:  # fmt: skip
+    """Packed operands without storage; the kernels of ``module`` are called."""
+    if not isinstance(module, SimpleNamespace):
+        module = SimpleNamespace(**{name: _silent(value) for name, value in vars(module).items()})
+    names = tuple(spec.granularities[i % len(spec.granularities)] for i in range(PHASES))
+    phase = torch.empty(1, dtype=torch.int32, device="meta")
+    return operands.pack(q, k, v, mask, phase, spec, tables, names, spec.head_dim**-0.5, module=module)
+
+
+def _silent(value: Any) -> Any:
+    """A kernel that does nothing, in the place of one that works; other values as they are."""
+    return _Recorder() if hasattr(value, "arg_names") else value
 
 
 def _hopper_artifacts(spec: KernelSpec, config: KernelConfig) -> binary.Artifacts:

@@ -72,6 +72,8 @@ def pack(
     tables: Tables,
     granularities: tuple[str, ...],
     scale: float,
+    *,
+    module: ModuleType | None = None,
 ) -> Packed:
     """Quantize one call's operands; shapes as in :mod:`fpscompile.lowerings`.
 
@@ -79,8 +81,9 @@ def pack(
         phase: int32 [n] on the device.
         granularities: one per phase.
         scale: factor on the scores, for ``lse_shift``.
+        module: instead of the rendered kernels.
     """
-    module = render.load("quantize", spec)
+    module = module or render.load("quantize", spec)
     batch, heads, _, _ = q.shape
     key_heads, k_length = k.shape[1:3]
     dp, dvp = padded(q.shape[-1]), padded(v.shape[-1])
@@ -91,10 +94,10 @@ def pack(
     mean, v_scale = _statistics(module, k, v, visible, spec, dp, dvp)
 
     v8 = torch.empty(batch, key_heads, dvp, tables.k_slots, dtype=fp8, device=v.device)
-    columns = min(tables.slots & -tables.slots, 128)  # a power of two that divides the tile
+    columns = min(tables.slots & -tables.slots, 128, render.HELD // dvp)  # a power of two that divides the tile
     module.quantize_values[(tables.k_slots // columns, key_heads, batch)](
         v, v_scale, tables.k_token, visible, v8, *v.stride(), key_heads, k_length, v.shape[-1], tables.k_slots,
-        HAS_VISIBLE=visible is not None, DVP=dvp, N=columns, num_warps=4,
+        HAS_VISIBLE=visible is not None, DVP=dvp, N=columns, num_warps=8 if columns * dvp >= render.HELD else 4,
     )  # fmt: skip
 
     codes = [REGIONS[name] if name != "subtile" or tables.slots >= SUBTILE else 0 for name in granularities]

@@ -16,6 +16,7 @@ from fpscompile.html import svg_graph, svg_masks
 from fpscompile.records import SiteRecord
 from fpscompile.report import SiteGroup, flops_text, grid_text, percent
 from fpscompile.tiling import TileLayout
+from fpscompile.windows import window_text
 
 if TYPE_CHECKING:
     from fpscompile.report import Report
@@ -174,13 +175,13 @@ def _plan(report: Report, group: SiteGroup, groups: list[SiteGroup]) -> PlanView
                 index=index,
                 colour=svg_masks.colour(index),
                 range=words.range_text(start, end),
-                window=grid_text(window, "×"),
+                window=window_text(window, "×"),
                 counts=grid_text(counts, "×"),
                 density=density,
                 granularity=words.granularity_text(site, index),
-                middle=svg_masks.window_slices(q_layout, window, middle, index),
-                corner=svg_masks.window_slices(q_layout, window, (0, 0, 0), index),
-                mask=svg_masks.block_mask(q_layout, k_layout, window, index, density),
+                middle=svg_masks.window_slices(q_layout, window, middle, index, site.heads, plan.clamp),
+                corner=svg_masks.window_slices(q_layout, window, (0, 0, 0), index, site.heads, plan.clamp),
+                mask=svg_masks.block_mask(q_layout, k_layout, window, index, density, site.heads, plan.clamp),
             )
         )
     unknown = len(phases) > 1 and max(group.share) == 1.0

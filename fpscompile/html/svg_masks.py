@@ -9,8 +9,9 @@ import torch
 from markupsafe import Markup, escape
 
 from fpscompile.html.png import data_uri
-from fpscompile.masks import Window, axis_window
+from fpscompile.masks import axis_window
 from fpscompile.tiling import TileLayout
+from fpscompile.windows import AnyWindow, Pattern, shares
 
 COLOURS = ("#4a78d6", "#d07a2d", "#2f9a7c", "#9a67c7", "#c9566b", "#6d8296")
 """One per phase; told apart with colour-blind eyes, and readable on white and on near-black."""
@@ -79,12 +80,28 @@ def timeline(bars: Sequence[Bar], mean: float) -> Markup:
     )
 
 
-def mask_levels(q_layout: TileLayout, k_layout: TileLayout, window: Window, limit: int = MASK_PIXELS) -> torch.Tensor:
+def mask_levels(
+    q_layout: TileLayout,
+    k_layout: TileLayout,
+    window: AnyWindow,
+    limit: int = MASK_PIXELS,
+    heads: int | None = None,
+    clamp: bool = False,
+) -> torch.Tensor:
     """The block mask of one phase as a picture: uint8 [rows, columns], 0 unseen, 255 seen.
 
-    A pixel stands for a square of ``ceil(tiles / limit)`` tiles and shows how many of its pairs are kept. Rows are
-    made a few at a time from the windows of the three axes, so thousands of tiles need megabytes.
+    A pixel stands for a square of ``ceil(tiles / limit)`` tiles and shows how many of its pairs are kept, the mean over
+    heads; tiles that content chooses from show their chance. Rows of a product of axes are made a few at a time, so
+    thousands of tiles need megabytes.
     """
+    if isinstance(window, Pattern):
+        video = shares(window, q_layout, k_layout, heads, clamp=clamp)
+        dense = torch.ones(q_layout.n_tiles, k_layout.n_tiles)
+        first, k_first = q_layout.before_tiles, k_layout.before_tiles
+        dense[first : first + q_layout.video_tiles, k_first : k_first + k_layout.video_tiles] = video.float()
+        step = -(-max(dense.shape) // limit)
+        kept = torch.nn.functional.avg_pool2d(dense[None, None], step, ceil_mode=True)[0, 0]
+        return (255 * kept).round().to(torch.uint8)
     axes = [_ranges(axis_window(width, count), count) for width, count in zip(window, q_layout.counts, strict=True)]
     step = -(-max(q_layout.n_tiles, k_layout.n_tiles) // limit)
     _, n_h, n_w = q_layout.counts
@@ -115,10 +132,18 @@ def _ranges(ranges: Sequence[tuple[int, int]], count: int) -> torch.Tensor:
     return axis
 
 
-def block_mask(q_layout: TileLayout, k_layout: TileLayout, window: Window, phase: int, density: float) -> Markup:
+def block_mask(
+    q_layout: TileLayout,
+    k_layout: TileLayout,
+    window: AnyWindow,
+    phase: int,
+    density: float,
+    heads: int | None = None,
+    clamp: bool = False,
+) -> Markup:
     """Query tiles (down) against key tiles (right); lines where the video's frames of tiles and the text begin."""
     rows, columns = q_layout.n_tiles, k_layout.n_tiles
-    image = data_uri(mask_levels(q_layout, k_layout, window), colour(phase))
+    image = data_uri(mask_levels(q_layout, k_layout, window, heads=heads, clamp=clamp), colour(phase))
     lines = "".join(
         f'<line class="{kind}" x1="{x}" x2="{x}" y1="0" y2="{rows}"/>' for x, kind in _boundaries(k_layout)
     ) + "".join(f'<line class="{kind}" x1="0" x2="{columns}" y1="{y}" y2="{y}"/>' for y, kind in _boundaries(q_layout))
@@ -138,13 +163,24 @@ def _boundaries(layout: TileLayout) -> list[tuple[int, str]]:
     return lines + ([(video + layout.video_tiles, "segment")] if layout.after_tiles else [])
 
 
-def window_slices(layout: TileLayout, window: Window, query: tuple[int, int, int], phase: int) -> Markup:
+def window_slices(
+    layout: TileLayout,
+    window: AnyWindow,
+    query: tuple[int, int, int],
+    phase: int,
+    heads: int | None = None,
+    clamp: bool = False,
+) -> Markup:
     """What one query tile sees: one small picture per slice of tiles along t, drawn to scale in tokens.
 
     Args:
         query: index of the query tile along (t, h, w).
+        heads, clamp: for patterns; see :class:`fpscompile.windows.View`.
     """
     bounds = [_edges(layout.axis_sizes(axis)) for axis in range(3)]
+    if isinstance(window, Pattern):
+        row = shares(window, layout, layout, heads, clamp=clamp).view(layout.counts * 2)[query]
+        return _pattern_slices(layout, bounds, row, query, phase, window.text)
     seen = [axis_window(width, count)[index] for width, count, index in zip(window, layout.counts, query, strict=True)]
     (_, t_edges), (height, h_edges), (width, w_edges) = ((edges[-1], edges) for edges in bounds)
     grid = "".join(f"M{x} 0V{height}" for x in w_edges[1:-1]) + "".join(f"M0 {y}H{width}" for y in h_edges[1:-1])
@@ -164,6 +200,45 @@ def window_slices(layout: TileLayout, window: Window, query: tuple[int, int, int
         )
     ranges = ", ".join(f"{axis} {a} to {b - 1}" for axis, (a, b) in zip("thw", seen, strict=True))
     label = f"Phase {phase}: query tile {query} sees key tiles {ranges}, of {layout.counts}."
+    size = "slices many" if layout.counts[0] > 9 else "slices"
+    return Markup(f'<div class="{size}" role="img" aria-label="{label}">{"".join(figures)}</div>')
+
+
+def _pattern_slices(
+    layout: TileLayout,
+    bounds: list[list[int]],
+    row: torch.Tensor,
+    query: tuple[int, int, int],
+    phase: int,
+    text: str,
+) -> Markup:
+    """The pictures of :func:`window_slices` cell by cell.
+
+    Args:
+        row: float [tiles along t, h, w]: how much of each key tile the query tile sees.
+    """
+    (_, t_edges), (height, h_edges), (width, w_edges) = ((edges[-1], edges) for edges in bounds)
+    grid = "".join(f"M{x} 0V{height}" for x in w_edges[1:-1]) + "".join(f"M0 {y}H{width}" for y in h_edges[1:-1])
+    own = _box(w_edges, h_edges, (query[2], query[2] + 1), (query[1], query[1] + 1))
+    figures = []
+    for t, plane in enumerate(row.tolist()):
+        cells = [
+            f'<rect {_box(w_edges, h_edges, (x, x + 1), (y, y + 1))} fill="{colour(phase)}" class="seen"'
+            + (f' opacity="{share:.2f}"' if share < 1 else "")
+            + "/>"
+            for y, line in enumerate(plane)
+            for x, share in enumerate(line)
+            if share > 0
+        ]
+        drawn = "".join(cells) + f'<path class="cells" d="{grid}"/>'
+        drawn += f'<rect {own} class="query"/>' if t == query[0] else ""
+        first, last = t_edges[t], t_edges[t + 1] - 1
+        caption = f"t {first}" if first == last else f"t {first}–{last}"
+        figures.append(
+            f'<span class="slice{"" if cells else " unseen"}"><svg viewBox="0 0 {width} {height}" aria-hidden="true">'
+            f'<rect class="ground" width="{width}" height="{height}"/>{drawn}</svg><span>{caption}</span></span>'
+        )
+    label = escape(f"Phase {phase}: what query tile {query} sees under {text}, of {layout.counts} tiles.")
     size = "slices many" if layout.counts[0] > 9 else "slices"
     return Markup(f'<div class="{size}" role="img" aria-label="{label}">{"".join(figures)}</div>')
 

@@ -223,7 +223,7 @@ def _check(resolved: ResolvedPlan) -> None:
 def _is_dense(resolved: ResolvedPlan, phase: int) -> bool:
     """Whether every query sees every key."""
     counts = resolved.q_layout.counts
-    return all(width >= count for width, count in zip(resolved.windows[phase], counts, strict=True))
+    return all(width >= count for width, count in zip(resolved.product_window(phase), counts, strict=True))
 
 
 def _groups(phases: tuple[int, ...]) -> list[tuple[slice, int]]:

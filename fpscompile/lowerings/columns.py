@@ -132,7 +132,7 @@ def axis_runs(layout: TileLayout, axis: int, width: int) -> tuple[Run, ...]:
 def columns(resolved: ResolvedPlan, phase: int) -> tuple[Column, ...]:
     """The columns of one phase, along the axis that makes them copy the fewest keys."""
     layout = resolved.q_layout
-    runs = [axis_runs(layout, axis, width) for axis, width in enumerate(resolved.windows[phase])]
+    runs = [axis_runs(layout, axis, width) for axis, width in enumerate(resolved.product_window(phase))]
     copied = [sum(run.keys[1] - run.keys[0] for run in of_axis) for of_axis in runs]
     axis = min(range(3), key=lambda axis: layout.grid[axis] * copied[axis - 2] * copied[axis - 1])
     a, b = (other for other in range(3) if other != axis)

@@ -1,39 +1,48 @@
-"""The generated C++ kernel: near the machine's peak on a CPU, rows gathered while packing and scattered on the way out.
+"""The generated C++ kernels: near the machine's peak on a CPU, rows gathered while packing, scattered on the way out.
 
 Keys and values are packed once per call into the form that torch's micro-kernels read; then threads take blocks of
-query rows. Beyond inputs and outputs a call holds that one packed copy and a few hundred kilobytes per thread. Float32
-inputs are computed in float32, bfloat16 in bfloat16 products with float32 sums, float16 in float32.
+query rows. Beyond inputs and outputs a call holds that one packed copy and a few hundred kilobytes per thread.
 
-Gradients come from the boxes lowering, from this kernel's output and log-sum-exp.
+The operands of the matrix products, ``Plan.compute``, are float32 or bfloat16; sums are float32. By default float32
+and float16 inputs are computed in float32, and bfloat16 in bfloat16 where the processor multiplies it, else in
+float32. ``quant="int8"`` is the 8-bit contract of :mod:`fpscompile.quant_int8` on byte products. ``quant="fp8"``
+computes what a GPU would: the bytes and scales are those of :mod:`fpscompile.quant`, P is rounded where
+:mod:`fpscompile.kernel_spec` says.
 """
 
 from __future__ import annotations
 
 import ctypes
+import dataclasses
 import functools
+from typing import Any
 
 import torch
 
-from fpscompile import cpp_build
+from fpscompile import cpp_build, quant_int8
 from fpscompile.errors import UnsupportedError
 from fpscompile.kernel_spec import KernelSpec
-from fpscompile.lowerings import boxes
+from fpscompile.lowerings import cpp_backward, gather
+from fpscompile.lowerings.cpp_tables import additive, row_blocks, slot_table
 from fpscompile.lowerings.dense import Triple
 from fpscompile.masks import BlockMask
 from fpscompile.plan import Plan, ResolvedPlan
-from fpscompile.render import COMPUTE, LANES, PANEL, CppConfig, default_config, render, unsupported
-from fpscompile.tiling import TileLayout
+from fpscompile.quant import quantize_attention
+from fpscompile.render import COMPUTE, LANES, CppConfig, default_config, render, unsupported
 
 _POINTERS = (
     *("q", "k", "v", "key_bias", "out", "lse", "k_packed", "v_packed", "slot_bias", "tile_state"),
     *("q_order", "k_order", "k_first", "k_slot", "row_blocks", "kv_num_blocks", "kv_indices", "phases"),
+    *("q_scale", "k_scale", "v_scale", "slot_scale", "tile_scale", "correction", "statistics", "centres"),
 )
 _STRIDES = ("q_stride", "k_stride", "v_stride")
 _SIZES = (
     *("B", "H", "Hk", "Lq", "Lk"),
     *("bias_batch", "bias_heads", "slots", "k_tiles", "q_tiles", "n_row_blocks", "mask_heads", "capacity", "threads"),
 )
-MESSAGE_BYTES = 1024
+
+_PACKED = {"float32": torch.float32, "bfloat16": torch.bfloat16, "int8": torch.uint8}
+"""How a packed copy is stored, by compute."""
 
 
 class _Call(ctypes.Structure):
@@ -56,7 +65,20 @@ def why_not(
     spec = KernelSpec(
         "cpu", str(dtype).removeprefix("torch."), head_dim, value_dim, plan.tile, plan.quant, block_n=plan.block_n
     )
-    return unsupported(spec) or cpp_build.unavailable(COMPUTE[spec.dtype])
+    return unsupported(spec) or cpp_build.unavailable(compute_of(spec.dtype, plan))
+
+
+def compute_of(dtype: str, plan: Plan) -> str:
+    """Operands of the products on this machine: "float32", "bfloat16" or "int8"."""
+    if plan.quant == "int8":
+        return "int8"
+    if plan.compute != "auto":
+        return plan.compute
+    if plan.quant == "fp8":
+        return "float32"
+    wanted = COMPUTE[dtype]
+    # bfloat16 products without the instruction are slower than float32 ones, and lose more
+    return "float32" if wanted == "bfloat16" and cpp_build.unavailable(wanted) is not None else wanted
 
 
 def forward(
@@ -75,43 +97,45 @@ def forward(
 
     Args:
         block_mask: instead of the plan's.
-        config: instead of the rule's; see :func:`fpscompile.render.default_config`.
+        config: instead of the plan's, or of the rule's; see :func:`fpscompile.render.default_config`.
 
     Raises:
-        UnsupportedError: a quantized plan, float64, a head dim outside 32 to 256, another device, or a machine that
-            cannot build or run the kernel.
+        UnsupportedError: float64, a head dim outside 32 to 256, another device, or a machine that cannot build or run
+            the kernel.
     """
     reason = why_not(q.dtype, q.shape[-1], v.shape[-1], resolved.plan, q.device)
     if reason is not None:
         raise UnsupportedError(f"lowering 'cpp': {reason}; choose lowering='boxes' (or 'gather' with quant='fp8')")
     spec = spec_of(q, k, v, key_mask, resolved)
-    config = config or default_config(spec)
+    config = config or _config(spec, resolved.plan)
     kernel = _kernel(spec, config)
 
-    batch, heads, q_length, _ = q.shape
-    key_heads, k_length = k.shape[1:3]
-    out = q.new_empty(batch, q_length, heads, v.shape[-1])
+    batch, heads, q_length, head_dim = q.shape
+    key_heads, k_length, value_dim = *k.shape[1:3], v.shape[-1]
+    out = q.new_empty(batch, q_length, heads, value_dim)
     lse = q.new_empty(batch, heads, q_length, dtype=torch.float32)
     if out.numel() == 0:
         return out.transpose(1, 2), lse
 
     mask = (resolved.block_mask if block_mask is None else block_mask).to("cpu")
-    queries, keys = _query_table(resolved.q_layout, config.block_m), _key_table(resolved.k_layout)
-    bias = _bias(key_mask)
+    queries, keys = row_blocks(resolved.q_layout, config.block_m), slot_table(resolved.k_layout)
+    bias = additive(key_mask)
     bias_batch, bias_heads = (1, 1) if bias is None else bias.shape[:2]
-    compute = torch.bfloat16 if config.compute == "bfloat16" else torch.float32
-    d, d_v = q.shape[-1] + (q.shape[-1] % 2 if compute == torch.bfloat16 else 0), -(-v.shape[-1] // LANES) * LANES
+    operands: dict[str, torch.Tensor | None] = {"q": q, "k": k, "v": v}
+    shift = None
+    if spec.quant == "fp8":
+        operands, shift = _quantized(q, k, v, key_mask, phases, resolved, scale)
+    k_tiles, packed = resolved.k_layout.n_tiles, _PACKED[config.compute]
+    d, d_v = -(-head_dim // (4 // packed.itemsize)) * (4 // packed.itemsize), -(-value_dim // LANES) * LANES
     tensors = {
-        "q": q,
-        "k": k,
-        "v": v,
+        **operands,
         "key_bias": bias,
         "out": out,
         "lse": lse,
-        "k_packed": q.new_empty(batch, key_heads, keys.slots, d, dtype=compute),
-        "v_packed": q.new_empty(batch, key_heads, keys.slots, d_v, dtype=compute),
+        "k_packed": q.new_empty(batch, key_heads, keys.slots, d, dtype=packed),
+        "v_packed": q.new_empty(batch, key_heads, keys.slots, d_v, dtype=packed),
         "slot_bias": q.new_empty(bias_batch, bias_heads, keys.slots, dtype=torch.float32),
-        "tile_state": q.new_empty(bias_batch, bias_heads, resolved.k_layout.n_tiles, dtype=torch.uint8),
+        "tile_state": q.new_empty(bias_batch, bias_heads, k_tiles, dtype=torch.uint8),
         "q_order": resolved.q_layout.order(),
         "k_order": resolved.k_layout.order(),
         "k_first": keys.first,
@@ -121,7 +145,20 @@ def forward(
         "kv_indices": mask.kv_indices.contiguous(),
         "phases": torch.tensor(phases, dtype=torch.int64),
     }
-    strides = {name: (ctypes.c_int64 * 4)(*x.stride()) for name, x in zip(_STRIDES, (q, k, v), strict=True)}
+    if spec.quant == "fp8":
+        tensors["slot_scale"] = torch.empty(batch, key_heads, keys.slots, dtype=torch.float32)
+    elif spec.quant == "int8":
+        tensors |= {
+            "tile_scale": torch.empty(batch, key_heads, k_tiles, dtype=torch.float32),
+            "correction": torch.empty(batch, key_heads, keys.slots, dtype=torch.int32),
+            # the template's struct Statistics and struct Centre
+            "statistics": torch.empty(batch, key_heads, k_tiles, head_dim + 3 * value_dim + 1, dtype=torch.float32),
+            "centres": torch.empty(batch, key_heads, head_dim + 2 * value_dim, dtype=torch.float32),
+        }
+    strides = {
+        name: (ctypes.c_int64 * 4)(*tensors[operand].stride())  # type: ignore[union-attr]
+        for name, operand in zip(_STRIDES, "qkv", strict=True)
+    }
     sizes = {
         "B": batch,
         "H": heads,
@@ -131,7 +168,7 @@ def forward(
         "bias_batch": bias_batch,
         "bias_heads": bias_heads,
         "slots": keys.slots,
-        "k_tiles": resolved.k_layout.n_tiles,
+        "k_tiles": k_tiles,
         "q_tiles": resolved.q_layout.n_tiles,
         "n_row_blocks": len(queries),
         "mask_heads": mask.kv_num_blocks.shape[1],
@@ -140,12 +177,8 @@ def forward(
     }
     pointers = {name: None if x is None else x.data_ptr() for name, x in tensors.items()}
     call = _Call(**pointers, **strides, **sizes, scale=scale)
-    message = ctypes.create_string_buffer(MESSAGE_BYTES)
-    if kernel(ctypes.byref(call), message, MESSAGE_BYTES):
-        raise UnsupportedError(
-            f"lowering 'cpp' failed: {message.value.decode(errors='replace')}; choose lowering='boxes'"
-        )
-    return out.transpose(1, 2), lse
+    cpp_build.run(kernel, call)
+    return out.transpose(1, 2), lse if shift is None else lse.add_(shift)
 
 
 def backward(
@@ -160,15 +193,106 @@ def backward(
     phases: tuple[int, ...],
     resolved: ResolvedPlan,
     scale: float,
+    block_mask: BlockMask | None = None,
 ) -> Triple:
-    """Gradients by :mod:`fpscompile.lowerings.boxes`."""
-    return boxes.backward(grad_out, q, k, v, out, lse, key_mask=key_mask, phases=phases, resolved=resolved, scale=scale)
+    """Gradients of q, k and v; shapes and layouts are in :mod:`fpscompile.lowerings`.
+
+    Through 8 bits they are straight-through, as :mod:`fpscompile.reference` states: those of the rounded operands.
+    With ``quant="fp8"`` P's rounding is replayed, which the gather lowering does.
+
+    Args:
+        out, lse: what :func:`forward` returned.
+        block_mask: instead of the plan's.
+    """
+    plan = resolved.plan
+    common: dict[str, Any] = {
+        "key_mask": key_mask,
+        "phases": phases,
+        "resolved": resolved,
+        "scale": scale,
+        "block_mask": block_mask,
+    }
+    if plan.quant == "fp8":
+        return gather.backward(grad_out, q, k, v, out, lse, **common)
+    spec = dataclasses.replace(spec_of(q, k, v, key_mask, resolved), quant="none")
+    dtypes = q.dtype, k.dtype, v.dtype
+    if plan.quant == "int8":
+        int8 = quant_int8.quantize_attention(q, k, v, resolved.k_layout, smooth_k=plan.smooth_k, key_mask=key_mask)
+        lse = lse - int8.lse_shift(q.float(), scale)
+        q, k, v, out, grad_out = int8.q, int8.k, int8.v, out.float(), grad_out.float()
+        spec = dataclasses.replace(spec, dtype="float32")
+    config = _backward_config(spec, plan)
+    grads = cpp_backward.backward(grad_out, q, k, v, out, lse, spec=spec, config=config, **common)
+    dq, dk, dv = (grad.to(dtype) for grad, dtype in zip(grads, dtypes, strict=True))
+    return dq, dk, dv
+
+
+def _quantized(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    key_mask: torch.Tensor | None,
+    phases: tuple[int, ...],
+    resolved: ResolvedPlan,
+    scale: float,
+) -> tuple[dict[str, torch.Tensor | None], torch.Tensor | None]:
+    """E4M3 operands with a scale per token or channel, and what smoothing took from the log-sum-exp [B, H, Lq]."""
+    plan, parts, shifts = resolved.plan, [], []
+    for b, phase in enumerate(phases):
+        one = slice(b, b + 1)
+        mask = None if key_mask is None else key_mask[one] if key_mask.shape[0] > 1 else key_mask
+        fp8 = quantize_attention(
+            q[one], k[one], v[one], resolved.q_layout, resolved.k_layout, plan.phases[phase].granularity,
+            smooth_k=plan.smooth_k, key_mask=mask,
+        )  # fmt: skip
+        shifts.append(fp8.lse_shift(q[one].float(), scale))
+        parts.append(
+            (
+                *(x.values.view(torch.uint8) for x in (fp8.q, fp8.k, fp8.v)),
+                fp8.q.token_scales().expand(1, q.shape[1], q.shape[2], 1),
+                fp8.k.token_scales().expand(1, *k.shape[1:3], 1),
+                fp8.v.scales,
+            )
+        )
+    names = ("q", "k", "v", "q_scale", "k_scale", "v_scale")
+    tensors = {name: torch.cat(x).contiguous() for name, x in zip(names, zip(*parts, strict=True), strict=True)}
+    present = [shift for shift in shifts if shift is not None]
+    return {**tensors}, torch.cat(present) if present else None
+
+
+def build_ahead(query: torch.Tensor, value: torch.Tensor, key_mask: torch.Tensor | None, plan: Plan) -> None:
+    """Start to build what a site will call, while the rest of its model is compiled.
+
+    Args:
+        query, value, key_mask: of the call, as fake tensors.
+    """
+    dims = query.shape[-1], value.shape[-1]
+    if not all(isinstance(dim, int) for dim in dims):
+        return  # head dims that may change are known at the call
+    kind = "none" if key_mask is None else "bool" if key_mask.dtype == torch.bool else "float"
+    spec = _spec(query.dtype, *dims, plan, kind, 1, False)  # the text does not depend on the last two
+    cpp_build.build_ahead(render(spec, _config(spec, plan)))
+    if plan.quant != "fp8" and torch.is_grad_enabled() and (query.requires_grad or value.requires_grad):
+        dtype = "float32" if plan.quant == "int8" else spec.dtype
+        spec = dataclasses.replace(spec, quant="none", dtype=dtype)
+        cpp_build.build_ahead(render(dataclasses.replace(spec, backward=True), _backward_config(spec, plan)))
+
+
+def _config(spec: KernelSpec, plan: Plan) -> CppConfig:
+    """Of the forward: what was tuned, else the rule's."""
+    compute = compute_of(spec.dtype, plan)
+    return plan.config_as(CppConfig) or default_config(spec, compute if spec.quant != "int8" else None)
+
+
+def _backward_config(spec: KernelSpec, plan: Plan) -> CppConfig:
+    compute = compute_of(spec.dtype, dataclasses.replace(plan, quant="none"))
+    return default_config(dataclasses.replace(spec, backward=True), compute)
 
 
 def spec_of(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, key_mask: torch.Tensor | None, resolved: ResolvedPlan
 ) -> KernelSpec:
-    """The spec of one call."""
+    """The spec of one call's forward."""
     return _spec(
         q.dtype,
         q.shape[-1],
@@ -203,58 +327,4 @@ def _spec(
 
 @functools.lru_cache(maxsize=256)
 def _kernel(spec: KernelSpec, config: CppConfig):  # type: ignore[no-untyped-def]  # a ctypes function pointer
-    library = cpp_build.load(render(spec, config))
-    library.fps_call_bytes.restype = ctypes.c_int64
-    if library.fps_call_bytes() != ctypes.sizeof(_Call):
-        raise UnsupportedError(
-            f"the kernel of {spec} expects {library.fps_call_bytes()} bytes of arguments, not {ctypes.sizeof(_Call)}: "
-            f"delete {cpp_build.cache_folder()}"
-        )
-    function = library.fps_attention
-    function.argtypes = [ctypes.c_void_p, ctypes.c_char_p, ctypes.c_int64]
-    function.restype = ctypes.c_int
-    return function
-
-
-class _KeyTable:
-    """Where each key tile lies in the packed copy."""
-
-    def __init__(self, layout: TileLayout) -> None:
-        sizes = layout.sizes()
-        self.first = torch.cat([torch.zeros(1, dtype=torch.int64), sizes.cumsum(0)])
-        """int64 [tiles + 1]: first token, in tile order."""
-        starts, at = [], 0
-        for size in sizes.tolist():
-            slots = -(-size // LANES) * LANES
-            if slots >= PANEL:  # whole panels: every product is as wide as it can be
-                at = -(-at // PANEL) * PANEL
-            starts.append(at)
-            at += slots
-        self.slot = torch.tensor(starts, dtype=torch.int64)
-        """int64 [tiles]: first slot. Tiles shorter than a panel lie back to back, so that neighbours make one run."""
-        self.slots = -(-at // PANEL) * PANEL
-        """Slots in all, a multiple of PANEL."""
-
-
-@functools.lru_cache(maxsize=128)
-def _key_table(layout: TileLayout) -> _KeyTable:
-    return _KeyTable(layout)
-
-
-@functools.lru_cache(maxsize=128)
-def _query_table(layout: TileLayout, block_m: int) -> torch.Tensor:
-    """int64 [blocks, 3]: query tile, first token in tile order, rows."""
-    blocks, first = [], 0
-    for tile, size in enumerate(layout.sizes().tolist()):
-        blocks += [(tile, first + start, min(block_m, size - start)) for start in range(0, size, block_m)]
-        first += size
-    return torch.tensor(blocks, dtype=torch.int64)
-
-
-def _bias(key_mask: torch.Tensor | None) -> torch.Tensor | None:
-    """The key mask as float32 [B | 1, H | 1, 1, Lk], contiguous."""
-    if key_mask is None:
-        return None
-    if key_mask.dtype == torch.bool:
-        return torch.zeros(key_mask.shape, dtype=torch.float32).masked_fill_(~key_mask, -torch.inf)
-    return key_mask.to(torch.float32).contiguous()
+    return cpp_build.entry_point(render(spec, config), "fps_attention", ctypes.sizeof(_Call))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from fpscompile.lowerings.dense import Triple
+from fpscompile.masks import BlockMask
 from fpscompile.plan import ResolvedPlan
 from fpscompile.reference import attention
 
@@ -18,9 +19,12 @@ def forward(
     phases: tuple[int, ...],
     resolved: ResolvedPlan,
     scale: float,
+    block_mask: BlockMask | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """As :mod:`fpscompile.lowerings` documents it."""
-    out, lse = attention(q, k, v, resolved=resolved, phase=phases, key_mask=key_mask, scale=scale)
+    """As :mod:`fpscompile.lowerings` documents it; ``block_mask`` takes the place of the plan's."""
+    out, lse = attention(
+        q, k, v, resolved=resolved, phase=phases, key_mask=key_mask, scale=scale, block_mask=block_mask
+    )
     return _transposed(out), lse.contiguous()
 
 
@@ -36,12 +40,15 @@ def backward(
     phases: tuple[int, ...],
     resolved: ResolvedPlan,
     scale: float,
+    block_mask: BlockMask | None = None,
 ) -> Triple:
     """Gradients by autograd through the reference, run again."""
     # The dispatcher switches autograd off inside an op; the forward is replayed with it on.
     with _autograd_on(), torch.enable_grad():
         leaves = [x.detach().requires_grad_() for x in (q, k, v)]
-        again, _ = attention(*leaves, resolved=resolved, phase=phases, key_mask=key_mask, scale=scale)
+        again, _ = attention(
+            *leaves, resolved=resolved, phase=phases, key_mask=key_mask, scale=scale, block_mask=block_mask
+        )
         dq, dk, dv = torch.autograd.grad(again, leaves, grad_out)
     return _transposed(dq), _transposed(dk), _transposed(dv)
 

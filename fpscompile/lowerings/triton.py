@@ -19,7 +19,8 @@ import torch
 
 from fpscompile.errors import UnsupportedError
 from fpscompile.gpu import operands, render
-from fpscompile.gpu.config import KernelConfig, default_config
+from fpscompile.gpu.binary import refuse_damaged
+from fpscompile.gpu.config import KernelConfig, default_config, why_invalid
 from fpscompile.gpu.interpreter import interpreting, repaired_interpreter
 from fpscompile.gpu.tables import Tables, row_blocks, tables_of
 from fpscompile.kernel_spec import KernelSpec
@@ -52,10 +53,16 @@ def why_not(dtype: torch.dtype, head_dim: int, value_dim: int, plan: Plan, devic
     for name, dim in (("head_dim", head_dim), ("value_dim", value_dim)):
         if not low <= dim <= high:
             return f"{name}={dim} is outside {low} to {high}"
+    if plan.quant == "int8":
+        return "quant='int8' is for CPUs; on a GPU use quant='fp8'"
     target = target_of(device)
     if plan.quant == "fp8" and target not in FP8_ARCHITECTURES:
         return f"quant='fp8' needs E4M3 tensor cores, and {target} has none"
-    return None
+    if device.type == "cpu":
+        return None
+    spec = _spec(target, str(dtype).removeprefix("torch."), head_dim, value_dim, plan, False, 1)
+    unfit = why_invalid(default_config(spec), spec)
+    return None if unfit is None else f"no config of its kernel fits {target}: {unfit}"
 
 
 def has_fp8_tensor_cores(device: torch.device) -> bool:
@@ -91,7 +98,7 @@ def forward(
     Args:
         phases: int32 [n] on the device, B a multiple of n; or one int per batch element.
         block_mask: instead of the plan's.
-        config: instead of the rule's; see :func:`fpscompile.gpu.config.default_config`.
+        config: instead of the plan's, or of the rule's; see :func:`fpscompile.gpu.config.default_config`.
 
     Raises:
         UnsupportedError: float64, a head dim above 256, FP8 on a GPU without FP8, or no GPU.
@@ -101,7 +108,7 @@ def forward(
         raise UnsupportedError(f"lowering 'triton': {reason}; choose lowering='boxes' (or 'gather' with quant='fp8')")
     q, scale = _positive(q, scale)
     spec = spec_of(q, k, v, key_mask, resolved)
-    config = config or config_of(spec, q.device)
+    config = config or resolved.plan.config_as(KernelConfig) or config_of(spec, q.device)
     batch, heads, length, _ = q.shape
     out = q.new_empty(batch, length, heads, v.shape[-1])
     lse = q.new_empty(batch, heads, length, dtype=torch.float32)
@@ -119,11 +126,12 @@ def forward(
             packed = operands.pack(q, k, v, key_mask, phase, spec, tables, granularities, scale)
         if config.variant == "hopper":
             module = render.load("attention_hopper", spec, config)
-            module.launch(
+            compiled = module.launch(
                 packed, tables, row_blocks(resolved.q_layout, tables.slots, config.block_m, q.device), phase, out, lse,
                 scale, bias=bias, block_n=spec.block_n, p_shift=math.log2(spec.p_scale), ragged=tables.keys.ragged,
                 consumers=-(-config.block_m // 64), stages=config.num_stages or None,
             )  # fmt: skip
+            refuse_damaged(compiled)
         else:
             inputs: tuple[object, ...] = (q, k, v, out, lse, tables.k_token, *q.stride(), *k.stride(), *v.stride())
             if packed is not None:
@@ -193,12 +201,13 @@ def _launch(
     module = render.load("attention", spec, config)
     blocks = row_blocks(resolved.q_layout, tables.slots, int(module.BLOCK_M.value), phase.device)
     keys = tables.keys
-    module.attention_forward[(len(blocks), heads, batch)](
+    compiled = module.attention_forward[(len(blocks), heads, batch)](
         *inputs, keys.count, keys.index, keys.valid, blocks, tables.q_token, phase,
         heads, length, tables.q_slots, tables.k_slots, resolved.q_layout.n_tiles,
         keys.count.shape[1], keys.index.shape[-1], keys.count.shape[0], batch // phase.numel(), scale,
         num_warps=config.num_warps, num_stages=config.num_stages,
     )  # fmt: skip
+    refuse_damaged(compiled)
 
 
 def config_of(spec: KernelSpec, device: torch.device) -> KernelConfig:

@@ -3,31 +3,24 @@
 The counts of the main loops are stored in ``goldens/binaries_<triton version>.json``. After a change that is meant to
 move them::
 
-    FPS_REFRESH_GOLDENS=1 pytest tests/gpu/test_binaries.py -m "slow or not slow"
+    FPS_REFRESH_GOLDENS=1 pytest tests/gpu/test_binaries.py tests/gpu/test_training_binaries.py -m "slow or not slow"
 
-rewrites the file; the difference belongs to the change's review.
+rewrites the file (without -n: workers would overwrite one another); the difference belongs to the change's review.
 """
 
 from __future__ import annotations
 
 import functools
-import json
-import os
-import re
-from pathlib import Path
 
 import pytest
 
 pytest.importorskip("triton")
 
-import triton
+from binary_facts import COUNTS, check_golden, check_products, narrow_products, summary
 
 from fpscompile.gpu import binary, offline
 from fpscompile.gpu.config import KernelConfig, default_config, shared_limit
 from fpscompile.kernel_spec import KernelSpec
-
-GOLDENS = Path(__file__).parent / "goldens" / f"binaries_{triton.__version__}.json"
-REFRESH = os.environ.get("FPS_REFRESH_GOLDENS") == "1"
 
 FP8_TARGETS = ("cuda:89", "cuda:90", "cuda:100", "cuda:120", "hip:gfx942", "hip:gfx950")
 HOPPER = KernelConfig(128, 4, 0, "hopper")
@@ -50,6 +43,7 @@ def report_of(spec: KernelSpec, config: KernelConfig) -> binary.BinaryReport:
 
 def check_resources(spec: KernelSpec, config: KernelConfig) -> binary.BinaryReport:
     report = report_of(spec, config)
+    assert report.unfollowed == 0
     assert report.spill_bytes == 0
     assert report.stack_bytes == 0
     assert report.shared_bytes <= shared_limit(spec.target)
@@ -132,49 +126,31 @@ GOLDEN_CASES = {
 }
 
 
-def summary(spec: KernelSpec, config: KernelConfig) -> dict[str, object]:
-    """What a golden file keeps of one binary."""
-    report = report_of(spec, config)
-    loop = report.main_loop
-    rows = min(config.block_m, spec.tile_slots) / (config.num_warps if config.variant == "triton" else 8)
-    return {
-        "config": str(config),
-        "registers": report.registers,
-        "shared_bytes": report.shared_bytes,
-        "instructions_per_step": loop.every,
-        "tensor": loop.tensor,
-        "instructions_per_kept_key_and_row": round(loop.total / rows / spec.block_n, 4),
-    }
-
-
 @pytest.mark.parametrize("case", GOLDEN_CASES)
 def test_counts_are_those_of_the_golden_table(case: str) -> None:
     spec, config = GOLDEN_CASES[case]
-    found = summary(spec, config or default_config(spec))
-    stored = json.loads(GOLDENS.read_text()) if GOLDENS.exists() else {}
-    if REFRESH:
-        GOLDENS.parent.mkdir(exist_ok=True)
-        GOLDENS.write_text(json.dumps(dict(sorted((stored | {case: found}).items())), indent=1) + "\n")
-        return
-    if not stored:
-        pytest.skip(f"no golden table for Triton {triton.__version__}; make one with FPS_REFRESH_GOLDENS=1")
-    assert found == stored[case]
-
-
-COUNTS = {"H", "Hk", "mask_heads", "q_tiles", "k_tiles", "phases", "phase_group"}
-"""Parameters whose products with one another and with batch indices stay far below 2^31."""
+    config = config or default_config(spec)
+    rows = min(config.block_m, spec.tile_slots) / (config.num_warps if config.variant == "triton" else 8)
+    check_golden(case, {"config": str(config)} | summary(report_of(spec, config), rows, spec.block_n))
 
 
 @pytest.mark.parametrize("quant", ["fp8", "none"])
 @pytest.mark.parametrize("mask", ["none", "float"])
-def test_products_that_may_pass_two_to_the_31_are_64_bits_wide(quant: str, mask: str) -> None:
-    """Tensors may have more than 2^31 elements: no 32-bit product has a length, a stride or a head dim as a factor."""
-    spec = spec_of("cuda:90", quant, dim=64, key_mask=mask)  # units have 128 slots, so 64 can only be the head dim
+@pytest.mark.parametrize(("tile", "slots", "dim"), [((4, 8, 8), 256, 64), ((4, 4, 4), 64, 128)], ids=str)
+def test_products_that_may_pass_two_to_the_31_are_64_bits_wide(quant: str, mask: str, tile, slots, dim) -> None:
+    """Tensors may have more than 2^31 elements."""
+    spec = spec_of("cuda:90", quant, dim=dim, tile=tile, key_mask=mask)
     text = artifacts_of(spec, default_config(spec)).texts["ttir"]
-    products = narrow_products(text)
-    assert products, "no 32-bit product found: has the text of arith.muli changed?"
-    for factors in products:
-        assert all(factor in COUNTS or factor in ("1", "2", "3", "128", "") for factor in factors), factors
+    check_products(text, slots, min(slots, 128))
+
+
+def test_products_of_the_hopper_kernel() -> None:
+    """A row of K is a TMA coordinate, 32 bits wide; its launch refuses operands of 2^31 rows."""
+    text = artifacts_of(spec_of("cuda:90", dim=64), HOPPER).texts["ttgir"]
+    found = [factors for factors in narrow_products(text) if not {"q_slots", "k_slots"} & set(factors)]
+    assert found
+    for factors in found:
+        assert all(factor in COUNTS or factor in ("", "1", "3", "64", "128") for factor in factors), factors
 
 
 def test_a_narrow_product_is_found() -> None:
@@ -191,29 +167,3 @@ def test_a_narrow_product_is_found() -> None:
     %7 = arith.muli %7, %6 : tensor<8xi32> loc(#j)
     """
     assert narrow_products(text) == [("", "q_sl"), ("", "64"), ("", "q_sl")]
-
-
-def narrow_products(ttir: str) -> list[tuple[str, ...]]:
-    """Factors of all 32-bit products: a parameter's name, a constant's value, or "" for a value computed or loaded."""
-    parameters = set(re.findall(r"%(\w+): (?:i32|i64)", ttir))
-    lines = re.findall(r"%(\w+)(?::\d+)? = ([\w.]+) ([^\n]*)", ttir)
-    constants = {}
-    made = {}
-    for name, op, rest in lines:
-        if op == "arith.constant":
-            value = re.match(r"(?:dense<)?(-?\d+)>? : (?:tensor<[\dx]+x)?i32", rest)
-            if value:
-                constants[name] = value[1]
-        elif op in ("tt.splat", "tt.broadcast", "tt.expand_dims"):
-            made[name] = re.match(r"%(\w+)", rest)[1]
-
-    def origin(name: str) -> str:
-        while name in made:
-            name = made[name]
-        return name if name in parameters else constants.get(name, "")
-
-    found = []
-    for _, op, rest in lines:
-        if op == "arith.muli" and re.search(r" : (?:tensor<[\dx]+x)?i32\b", rest):
-            found.append(tuple(origin(name) for name in re.findall(r"%(\w+)", rest.split(" : ")[0])))
-    return found

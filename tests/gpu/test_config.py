@@ -84,11 +84,14 @@ def test_an_unknown_target_gets_the_least_shared_memory() -> None:
     assert shared_limit("cuda:90") == 227 * 1024
 
 
-def test_float32_defaults_are_valid() -> None:
-    for target in TARGETS:
-        for dim in (64, 128):
-            spec = dataclasses.replace(spec_of(target, "none", dim), dtype="float32")
-            assert why_invalid(default_config(spec), spec) is None
+def test_float32_defaults_are_valid_or_say_why_not() -> None:
+    """Wide heads of float32 would spill; where they do not fit shared memory either, the lowering declines the site."""
+    fits = {(target, 64): True for target in TARGETS}
+    fits |= {(target, 256): False for target in TARGETS if target != "hip:gfx950"}
+    fits |= {("cuda:80", 128): True, ("cuda:90", 128): True, ("cuda:120", 128): False}
+    for (target, dim), expected in fits.items():
+        spec = dataclasses.replace(spec_of(target, "none", dim), dtype="float32")
+        assert (why_invalid(default_config(spec), spec) is None) == expected, (target, dim)
 
 
 @pytest.mark.slow
@@ -100,7 +103,7 @@ def test_shared_memory_is_not_underestimated(target: str, dim: int, quant: str) 
         pytest.skip("no FP8 tensor cores")
     spec = spec_of(target, quant, dim)
     for config in candidates(spec):
-        report = offline.compile_forward(spec, config, allow_serialized=True)
+        report = offline.compile_forward(spec, config, allow_flaws=True)
         assert report.shared_bytes <= shared_limit(target), config
         if config.variant == "triton":
             assert report.shared_bytes <= shared_bytes(config, spec) <= 2.5 * report.shared_bytes, config

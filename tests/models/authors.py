@@ -127,6 +127,12 @@ def mlp() -> nn.Module:
     return nn.Sequential(nn.Linear(DIM, 2 * DIM), nn.GELU(approximate="tanh"), nn.Linear(2 * DIM, DIM))
 
 
+def turn_listed(x: torch.Tensor, sizes: torch.Tensor) -> torch.Tensor:
+    """Sample by sample, on sizes that are read back as numbers: a graph break in every call."""
+    turned = [turn_complex(sample[None], tables(*size)) for sample, size in zip(x, sizes.tolist(), strict=True)]
+    return torch.cat(turned)
+
+
 class WanBlock(nn.Module):
     def __init__(self, attend: Attend) -> None:
         super().__init__()
@@ -138,13 +144,18 @@ class WanBlock(nn.Module):
 
     def forward(self, x: torch.Tensor, shift: torch.Tensor, sizes: Any, text: torch.Tensor) -> torch.Tensor:
         b, length, _ = x.shape
-        # Grid sizes that are a tensor are read back as numbers here, which breaks the graph.
-        angles = tables(*(sizes.tolist() if isinstance(sizes, torch.Tensor) else sizes))
+        angles = None
+        if not isinstance(sizes, torch.Tensor) or sizes.ndim == 1:
+            # Grid sizes that are a tensor are read back as numbers here, which breaks the graph.
+            angles = tables(*(sizes.tolist() if isinstance(sizes, torch.Tensor) else sizes))
         y = F.layer_norm(x, (DIM,)) + shift
         q = self.norm_q(self.q(y)).view(b, length, HEADS, FEATURES)
         k = self.norm_k(self.k(y)).view(b, length, HEADS, FEATURES)
         v = self.v(y).view(b, length, HEADS, FEATURES)
-        x = x + self.o(self.attend(turn_complex(q, angles), turn_complex(k, angles), v).flatten(2))
+        if angles is None:
+            x = x + self.o(self.attend(turn_listed(q, sizes), turn_listed(k, sizes), v).flatten(2))
+        else:
+            x = x + self.o(self.attend(turn_complex(q, angles), turn_complex(k, angles), v).flatten(2))
         q = self.cross_q(x).view(b, length, HEADS, FEATURES)
         k, v = self.cross_kv(text).view(b, -1, 2, HEADS, FEATURES).unbind(2)
         x = x + self.cross_o(flash_attn_func(q, k, v).flatten(2))
@@ -154,14 +165,16 @@ class WanBlock(nn.Module):
 class Wan(Patches):
     """Self-attention over the video, cross-attention to the text, complex rotations."""
 
-    def __init__(self, spelling: str = "flash", layers: int = 2, listed: bool = False) -> None:
+    def __init__(self, spelling: str = "flash", layers: int = 2, listed: bool = False, each: bool = False) -> None:
         super().__init__()
-        self.attend, self.listed = Attend(spelling), listed
+        self.attend, self.listed, self.each = Attend(spelling), listed, each
         self.blocks = nn.ModuleList(WanBlock(self.attend) for _ in range(layers))
 
     def forward(self, video: torch.Tensor, timestep: torch.Tensor, text: torch.Tensor) -> torch.Tensor:
         x = self.embed(video)
         sizes: Any = torch.tensor(x.shape[2:]) if self.listed else x.shape[2:]
+        if self.each:  # one row of sizes for each sample
+            sizes = torch.tensor([list(x.shape[2:])] * x.shape[0])
         x = x.flatten(2).transpose(1, 2)
         shift = self.shift(timestep)
         for block in self.blocks:

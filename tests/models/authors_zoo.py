@@ -60,6 +60,7 @@ def build(entry: Author) -> nn.Module:
     return entry.build().eval()
 
 
+GRAPHS_EACH = 7
 VIDEO, WITH_TEXT, PADDED = ("video",), ("video", "text"), ("video", "text", "valid")
 P = functools.partial
 
@@ -77,6 +78,12 @@ AUTHORS: dict[str, Author] = {
     "wan-listed": Author(P(authors.Wan, "sdpa", listed=True), WITH_TEXT, (THREE, CROSS), graphs=3),
     "wan-listed-attached": Author(
         P(authors.Wan, "sdpa", listed=True), WITH_TEXT, (THREE, CROSS), attach=True, graphs=3
+    ),
+    "wan-each": Author(
+        P(authors.Wan, "sdpa", each=True), WITH_TEXT, (("other", "segments"), CROSS), graphs=GRAPHS_EACH
+    ),
+    "wan-each-attached": Author(
+        P(authors.Wan, "sdpa", each=True), WITH_TEXT, (THREE, CROSS), attach=True, graphs=GRAPHS_EACH
     ),
     **{
         f"block-{spelling}": Author(P(authors_layouts.Block, spelling), VIDEO, (THREE,))

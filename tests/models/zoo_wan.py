@@ -170,6 +170,7 @@ ENTRIES: dict[str, Entry] = {
         (Expect(1, source="attach", repeats=2), *kinds(cross=1, repeats=2)),
         attach=True,
         blocks=True,
+        grids=GRIDS,
     ),
     "wan-vace": Entry(
         "wan",

@@ -118,9 +118,18 @@ def doubled_mask(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Ten
     return torch.add(q @ k.mT * SCALE, bias, alpha=2).softmax(-1) @ v
 
 
-def shifted(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+def shifted_unevenly(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
     scores = q @ k.mT * SCALE
-    return (scores - scores.amax(-1, keepdim=True)).softmax(-1) @ v
+    return (scores - scores.amax(-2, keepdim=True)).softmax(-1) @ v
+
+
+def scaled_by_key(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    return (q @ k.mT * torch.linspace(0, 1, LENGTH)).softmax(-1) @ v
+
+
+def exponentials(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    weights = (q @ k.mT * SCALE).exp()
+    return (weights / weights.sum(-1, keepdim=True)) @ v
 
 
 def powered_weights(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
@@ -154,7 +163,9 @@ NEAR_MISSES: dict[str, tuple[Attention, str]] = {
     "keys written": (keys_written_between, "may write into q, k or the mask"),
     "autocast": (autocast_changed, "different autocast"),
     "doubled mask": (doubled_mask, "added with a factor"),
-    "shifted": (shifted, "sub stands between"),
+    "shifted unevenly": (shifted_unevenly, "sub stands between"),
+    "scaled by key": (scaled_by_key, "mul stands between"),
+    "exponentials": (exponentials, "written out with exp and sum"),
     "powered weights": (powered_weights, "pow stands between the softmax and the values"),
     "transposed weights": (transposed_weights, "does not contract the keys"),
     "no values": (no_values, "does not weigh a tensor of values"),
@@ -238,6 +249,38 @@ def folded_view(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tens
     return ((q @ k.mT * SCALE).softmax(-1) @ v).view(4, LENGTH, 8)
 
 
+def shifted(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    """Softmax is blind to what is subtracted from a whole row."""
+    scores = q @ k.mT * SCALE
+    return (scores - scores.amax(-1, keepdim=True).detach()).softmax(-1) @ v
+
+
+def shifted_by_max(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    q, k, v = (x.flatten(0, 1) for x in (q, k, v))
+    scores = torch.bmm(q, k.mT) * SCALE
+    scores = scores - torch.max(scores, dim=-1, keepdim=True)[0]
+    return torch.bmm(F.softmax(scores, -1), v).unflatten(0, (2, 2))
+
+
+def tempered(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    """Cosine attention with a temperature per head."""
+    temperature = torch.tensor([4.0, 7.0])[:, None, None]
+    scores = F.normalize(q, dim=-1) @ F.normalize(k, dim=-1).transpose(-1, -2)
+    return (scores * temperature).softmax(-1) @ v
+
+
+def tempered_rows(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    """Folded heads, a number per query."""
+    q, k, v = (x.flatten(0, 1) for x in (q, k, v))
+    weights = (torch.bmm(q, k.mT) / torch.linspace(1, 3, LENGTH)[None, :, None]).softmax(-1)
+    return torch.bmm(weights, v).unflatten(0, (2, 2))
+
+
+def kernel_by_name(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    q, k, v = (x.contiguous() for x in (q, k, v))
+    return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, scale=SCALE)[0]
+
+
 @pytest.mark.parametrize("dynamic", DYNAMIC)
 @pytest.mark.parametrize(
     ("attention", "tolerance"),
@@ -249,6 +292,11 @@ def folded_view(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tens
         (ellipsis, 1e-5),
         (scaled_twice, 1e-5),
         (folded_view, 1e-5),
+        (shifted, 1e-5),
+        (shifted_by_max, 1e-5),
+        (tempered, 1e-5),
+        (tempered_rows, 1e-5),
+        (kernel_by_name, 1e-5),
     ],
 )
 def test_less_common_spellings(attention: Attention, tolerance: float, dynamic: bool | None) -> None:

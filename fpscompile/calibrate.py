@@ -1,0 +1,190 @@
+"""``calibrate``: the sparsest windows that keep a model's attention within an error, head by head.
+
+    report = fpscompile.calibrate(pipe, [{"prompt": p} for p in prompts], max_error=0.05, path="wan.json")
+    pipe.transformer.compile(backend="fps", options={"tuning": "wan.json"})
+
+The samples run densely once. Of every 3D attention call, statistics on tiles tell how much each candidate window would
+change its output (:mod:`fpscompile.calibration.statistics`); one choice over all heads and phases keeps every site
+within its error, or the whole model at its density (:mod:`fpscompile.calibration.knapsack`). Samples that were held out
+then run through the chosen masks, and the report sets the predicted error beside the measured one.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import os
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+
+from fpscompile.calibration.candidates import Candidates, candidates
+from fpscompile.calibration.choose import choose
+from fpscompile.calibration.held_out import HeldOut
+from fpscompile.calibration.observe import Call, observed
+from fpscompile.calibration.report import CalibrationReport, SiteCalibration
+from fpscompile.calibration.statistics import SiteStatistics, observe
+from fpscompile.errors import FpsError, OptionError
+from fpscompile.schedule import GRANULARITIES
+from fpscompile.settings import Settings
+from fpscompile.tuning import store
+from fpscompile.tuning.format import Contents
+from fpscompile.tuning.tuner import tuning_path
+from fpscompile.windows import AnyWindow, window_of
+
+logger = logging.getLogger("fpscompile.calibration")
+
+ROWS_PER_TILE = 16
+"""Query rows of each tile that statistics are taken from, unless the caller says otherwise."""
+
+
+class CalibrationError(FpsError):
+    """The samples showed nothing that could be calibrated."""
+
+
+def calibrate(
+    pipe_or_model: Any,
+    samples: Sequence[Any],
+    *,
+    max_error: float | None = None,
+    target_density: float | None = None,
+    held_out: float = 0.5,
+    options: Mapping[str, Any] | None = None,
+    path: str | os.PathLike[str] | None = None,
+    windows: Sequence[Any] = (),
+    rows_per_tile: int = ROWS_PER_TILE,
+) -> CalibrationReport:
+    """Choose windows for each site, group of heads and phase.
+
+    Args:
+        pipe_or_model: a diffusers pipeline, or one module.
+        samples: for a module its calls, each a dict of keyword arguments, ``(args, kwargs)`` or a tuple of positional
+            arguments; for a pipeline what it is called with, a dict or a prompt.
+        max_error: largest relative L2 error of any site's output, averaged over samples and steps.
+        target_density: kept fraction of the attention FLOPs of the whole model; what keeps the most accuracy is chosen.
+            With ``max_error`` as well, no site exceeds that, even if the density is then missed.
+        held_out: share of the samples that are not looked at before the choice is made, and then tell its error.
+        options: tile, quant, schedule (of which the ranges of progress count) and the rest, as for compiling.
+        path: the tuning file to save in; default the one in the cache folder.
+        windows: further candidates, as options spell them.
+        rows_per_tile: query rows of each tile that statistics are taken from.
+
+    Raises:
+        OptionError: neither or bad targets, or no samples.
+        CalibrationError: no 3D attention was seen, or calls of one site differ in grid.
+        TuningFileError: the file cannot be written; nothing was run.
+    """
+    _check(samples, max_error, target_density, held_out)
+    settings = Settings.from_options(options)
+    file = tuning_path(path if path is not None else settings.tuning)
+    store.check_writable(file)
+    extra = tuple(window_of(window) for window in windows)
+    aside = min(len(samples) - 1, round(held_out * len(samples)))
+    fitting, checking = samples[: len(samples) - aside], samples[len(samples) - aside :]
+
+    collected = _Statistics(settings, extra, rows_per_tile)
+    with torch.no_grad(), observed(pipe_or_model, settings, collected) as runner:
+        for sample in fitting:
+            runner.run(sample)
+        ranges = tuple((phase.start, phase.end) for phase in settings.phases.phases)
+        if any(graph.progress_source == "unknown" for graph in runner.backend.graphs):
+            collected.forget_phases()
+            ranges = ((0.0, 1.0),)
+        sites = collected.complete()
+        grid = next(iter(sites.values())).q_layout.grid
+        report = CalibrationReport(runner.name, grid, settings.tile, collected.quant, max_error, target_density, ranges)
+        report.samples, report.held_out = len(fitting), len(checking)
+        report.notes += collected.notes
+        if len(ranges) < len(settings.phases.phases):
+            report.notes.append("the denoising step is unknown: all steps share one choice; attach tells the step")
+        choose(report, sites)
+        if checking:
+            check = HeldOut(report, one_phase=len(ranges) == 1)
+            collected.redirect = check
+            for sample in checking:
+                runner.run(sample)
+            check.finish()
+    report.path = file
+    Settings.from_options({"quant": report.quant, **report.options})  # what is saved must be what can be used
+    store.update(file, Contents(calibrations={report.key: report.entry()}))
+    logger.info("%s: density %.3f, predicted %.4f, measured %s", report.key, report.density, report.predicted,
+                report.measured)  # fmt: skip
+    return report
+
+
+def _check(samples: Sequence[Any], max_error: float | None, target_density: float | None, held_out: float) -> None:
+    if max_error is None and target_density is None:
+        raise OptionError("calibrate needs max_error=, target_density= or both")
+    for name, value in (("max_error", max_error), ("target_density", target_density)):
+        if value is not None and (isinstance(value, bool) or not 0.0 < value <= 1.0):
+            raise OptionError(f"{name}={value!r} must be in (0, 1]")
+    if not 0.0 <= held_out < 1.0:
+        raise OptionError(f"held_out={held_out!r} must be in [0, 1): the share of samples that tell the error")
+    if not isinstance(samples, Sequence) or isinstance(samples, (str, bytes)) or not samples:
+        raise OptionError("samples must be a non-empty list of calls")
+
+
+class _Statistics:
+    """Gathers what the fitting samples show, site by site; then passes calls on to ``redirect``."""
+
+    def __init__(self, settings: Settings, extra: tuple[AnyWindow, ...], rows_per_tile: int) -> None:
+        self.quant = "none" if settings.quant == "auto" else settings.quant
+        self.granularities = GRANULARITIES if self.quant == "fp8" else ("tile",)
+        self.extra = extra
+        self.rows_per_tile = rows_per_tile
+        self.sites: dict[str, SiteStatistics] = {}
+        self.known: dict[Any, Candidates] = {}
+        self.redirect: HeldOut | None = None
+        self.notes: list[str] = []
+
+    def __call__(self, call: Call) -> None:
+        if self.redirect is not None:
+            self.redirect(call)
+            return
+        q_layout, k_layout = call.resolved.q_layout, call.resolved.k_layout
+        site = self.sites.get(call.site)
+        if site is None:
+            key = (q_layout, k_layout)
+            if key not in self.known:
+                self.known[key] = candidates(q_layout, k_layout, self.extra)
+            site = SiteStatistics(
+                call.site, call.q.shape[1], call.q.shape[3], q_layout, k_layout, self.known[key],
+                tuple(self.granularities), self.quant,
+            )  # fmt: skip
+            self.sites[call.site] = site
+        if (site.q_layout, site.k_layout, site.heads) != (q_layout, k_layout, call.q.shape[1]):
+            raise CalibrationError(
+                f"{call.site} is called on grid {site.q_layout.grid} and {q_layout.grid}, or with other text lengths; "
+                "calibrate one resolution at a time"
+            )
+        for b, phase in enumerate(call.phases):
+            mask = call.key_mask
+            if mask is not None:
+                mask = mask[b if mask.shape[0] > 1 else 0]
+            site.calls.append(
+                observe(call.q[b], call.k[b], call.v[b], mask, phase, call.scale, site, self.rows_per_tile)
+            )
+
+    def forget_phases(self) -> None:
+        """All calls are of one phase: nothing told them apart."""
+        for site in self.sites.values():
+            site.calls = [dataclasses.replace(call, phase=0) for call in site.calls]
+
+    def complete(self) -> dict[str, SiteStatistics]:
+        """All sites.
+
+        Raises:
+            CalibrationError: there are none.
+        """
+        if not self.sites:
+            raise CalibrationError(
+                "no 3D attention was seen in the samples: fpscompile.explain says what became of each attention call"
+            )
+        grids = {site.q_layout.grid for site in self.sites.values()}
+        if len(grids) > 1:
+            raise CalibrationError(f"the model attends on several grids, {sorted(grids)}: calibrate one at a time")
+        return self.sites
+
+
+__all__ = ["CalibrationError", "CalibrationReport", "SiteCalibration", "calibrate"]

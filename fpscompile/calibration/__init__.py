@@ -1,0 +1,1 @@
+"""Parts of :func:`fpscompile.calibrate`: candidate windows, statistics of dense runs, the choice under a budget."""

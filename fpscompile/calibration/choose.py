@@ -1,0 +1,145 @@
+"""From statistics to windows: one choice over all heads, phases and sites, under the report's budgets."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Hashable, Mapping
+
+import torch
+
+from fpscompile.calibration.knapsack import Item, solve
+from fpscompile.calibration.report import CalibrationReport, SiteCalibration
+from fpscompile.calibration.statistics import SiteStatistics, relative_error
+from fpscompile.windows import window_text
+
+logger = logging.getLogger("fpscompile.calibration")
+
+GRANULARITY_SHARE = 0.25
+"""Share of a squared error budget that FP8's own error may take: the coarsest granularity within it is used."""
+
+
+def choose(report: CalibrationReport, sites: Mapping[str, SiteStatistics]) -> None:
+    """Solve for all sites and write the choices into the report."""
+    weights = report.weights
+    items: list[Item] = []
+    places: list[tuple[str, int, int]] = []
+    finest: dict[tuple[str, int], int] = {}
+    dense_cost = sum(_flops(site) for site in sites.values())
+    for name, site in sites.items():
+        for phase in site.phases():
+            errors = site.bounded_error(phase)
+            level = _granularity(site, errors, report.max_error)
+            finest[name, phase] = level
+            share = site.share(phase)
+            for head in range(site.heads):
+                costs = [weights[phase] * _flops(site) / site.heads * density for density in site.candidates.densities]
+                items.append(Item(name, costs, (share * errors[head, :, level]).tolist()))
+                places.append((name, phase, head))
+    budgets: dict[Hashable, float] = {}
+    if report.max_error is not None:
+        budgets = dict.fromkeys(sites, report.max_error**2)
+    target = None
+    if report.target_density is not None:
+        unseen = sum(
+            weights[phase] * _flops(site)
+            for site in sites.values()
+            for phase in range(len(weights))
+            if phase not in site.phases()
+        )
+        target = report.target_density * dense_cost - unseen
+    solution = solve(items, budgets, target)
+    chosen = dict(zip(places, solution.choices, strict=True))
+    for name, site in sites.items():
+        dense = site.candidates.dense
+        own = sum(item.errors[dense] for item in items if item.group == name)
+        if own > budgets.get(name, math.inf):  # quantization alone is too much: no window could make it right
+            chosen |= {place: dense for place in places if place[0] == name}
+    for site in sites.values():
+        report.sites.append(_site(report, site, chosen, finest))
+    if target is not None and solution.cost > target + 1e-9 * dense_cost:
+        report.notes.append(
+            f"target_density={report.target_density} is missed, the density is {report.density:.4f}: "
+            + ("max_error allows no less" if report.max_error is not None else "no candidate is sparser")
+        )
+    for note in report.notes:
+        logger.warning("%s", note)
+
+
+def _flops(site: SiteStatistics) -> float:
+    return 4.0 * site.heads * site.head_dim * site.q_layout.length * site.k_layout.length
+
+
+def _granularity(site: SiteStatistics, errors: torch.Tensor, max_error: float | None) -> int:
+    """Index of the coarsest granularity whose own error is small beside the budget; else of the most accurate."""
+    own = errors[:, site.candidates.dense].sum(0)
+    if max_error is not None:
+        for index, value in enumerate(own.tolist()):
+            if value <= GRANULARITY_SHARE * max_error**2:
+                return index
+    return int(own.argmin())
+
+
+def _site(
+    report: CalibrationReport,
+    site: SiteStatistics,
+    chosen: Mapping[tuple[str, int, int], int],
+    levels: Mapping[tuple[str, int], int],
+) -> SiteCalibration:
+    options = site.candidates
+    heads = torch.arange(site.heads)
+    windows, densities, granularities, unseen = [], [], [], []
+    picks: dict[int, torch.Tensor] = {}
+    for phase in range(len(report.ranges)):
+        if phase not in site.phases():
+            unseen.append(phase)
+            picks[phase] = torch.full((site.heads,), options.dense)
+        else:
+            picks[phase] = torch.tensor([chosen[site.name, phase, head] for head in range(site.heads)])
+        windows.append(tuple(options.windows[index] for index in picks[phase].tolist()))
+        densities.append(sum(options.densities[index] for index in picks[phase].tolist()) / site.heads)
+        granularities.append(site.granularities[levels.get((site.name, phase), len(site.granularities) - 1)])
+    errors = [
+        call.error[heads, picks[call.phase], levels[site.name, call.phase]].sum().clamp(min=0) for call in site.calls
+    ]
+    predicted = relative_error(errors)
+    made = SiteCalibration(
+        site.name, site.heads, site.head_dim, tuple(windows), tuple(granularities), tuple(densities), predicted,
+        _uniform(site, levels, max(predicted, report.max_error or 0.0)), _flops(site),
+    )  # fmt: skip
+    if unseen:
+        ranges = ", ".join(f"{report.ranges[phase][0]:g}-{report.ranges[phase][1]:g}" for phase in unseen)
+        report.notes.append(f"{site.name}: no sample reached progress {ranges}: dense there")
+    if all(density >= options.densities[-1] - 1e-12 for density in densities):
+        made.reason = _why_dense(site, levels, report.max_error)
+    return made
+
+
+def _uniform(site: SiteStatistics, levels: Mapping[tuple[str, int], int], budget: float) -> float:
+    """Density of the sparsest candidate that, for all heads and phases alike, keeps the site within an error."""
+    for index, density in enumerate(site.candidates.densities):
+        errors = [call.error[:, index, levels[site.name, call.phase]].sum() for call in site.calls]
+        if relative_error(errors) <= budget * (1 + 1e-9):
+            return density
+    return site.candidates.densities[-1]
+
+
+def _why_dense(site: SiteStatistics, levels: Mapping[tuple[str, int], int], max_error: float | None) -> str:
+    options = site.candidates
+    dense = float(torch.stack([c.error[:, -1, levels[site.name, c.phase]].sum() for c in site.calls]).sqrt().mean())
+    if max_error is not None and dense > max_error:
+        return f"quantization alone errs by {dense:.3f}, more than max_error={max_error:g}"
+    if max_error is None:
+        return "other sites save more for the error they add"
+    if options.dense == 0:
+        return "one tile holds the whole grid: choose a smaller tile"
+    steps = []
+    for phase in site.phases():
+        errors = site.share(phase) * site.mean_error(phase)[..., levels[site.name, phase]]
+        steps += [(float(errors[head, index]) ** 0.5, head, index) for head in range(site.heads)
+                  for index in range(options.dense)]  # fmt: skip
+    least, head, index = min(steps)
+    return (
+        f"max_error={max_error:g} allows no other window: the least harmful, {window_text(options.windows[index])} for "
+        f"head {head} alone, errs by {least:.3f}"
+    )

@@ -1,0 +1,52 @@
+"""The chosen masks on calls that had no say in the choice."""
+
+from __future__ import annotations
+
+from fpscompile import lowerings
+from fpscompile.calibration.observe import Call
+from fpscompile.calibration.report import CalibrationReport
+from fpscompile.plan import PhasePlan, Plan, resolve
+
+
+class HeldOut:
+    """Runs the chosen masks on calls that had no say in the choice."""
+
+    def __init__(self, report: CalibrationReport, one_phase: bool) -> None:
+        self.report = report
+        self.one_phase = one_phase
+        self.errors: dict[str, list[float]] = {site.name: [] for site in report.sites}
+        self.plans: dict[str, Plan] = {}
+        for site in report.sites:
+            phases = tuple(
+                PhasePlan(site.window(index), None, site.granularities[index]) for index in range(len(report.ranges))
+            )
+            self.plans[site.name] = Plan(report.tile, phases, quant=report.quant, lowering="gather")
+
+    def __call__(self, call: Call) -> None:
+        if call.site not in self.plans:
+            return
+        layout = call.resolved
+        resolved = resolve(
+            self.plans[call.site], layout.q_layout.grid, layout.q_layout.length, layout.k_layout.length,
+            layout.q_layout.before, layout.k_layout.before, call.q.shape[1],
+        )  # fmt: skip
+        phases = tuple(0 if self.one_phase else phase for phase in call.phases)
+        out, _ = lowerings.get("gather").forward(
+            call.q, call.k, call.v, key_mask=call.key_mask, phases=phases, resolved=resolved, scale=call.scale
+        )
+        difference = (out.float() - call.out.float()).flatten(1).norm(dim=1)
+        self.errors[call.site] += (difference / call.out.float().flatten(1).norm(dim=1)).tolist()
+
+    def finish(self) -> None:
+        for site in self.report.sites:
+            errors = self.errors[site.name]
+            site.held_out_calls = len(errors)
+            if not errors:
+                continue
+            site.measured = sum(errors) / len(errors)
+            limit = self.report.max_error
+            if limit is not None and site.measured > limit and not site.reason:
+                self.report.notes.append(
+                    f"{site.name}: held-out samples err by {site.measured:.4f}, more than max_error={limit:g} "
+                    f"(predicted {site.predicted:.4f}): calibrate with more samples, or a smaller max_error"
+                )

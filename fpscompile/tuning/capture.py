@@ -1,0 +1,106 @@
+"""Run a model once through the passes, outside whatever compiled code it already has, to see its sites."""
+
+from __future__ import annotations
+
+import types
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import fx
+from torch._dynamo.eval_frame import OptimizedModule
+
+from fpscompile.ir import AttentionSite
+from fpscompile.passes.base import GraphState, fake_tensor, module_path, size_of
+from fpscompile.passes.find_sites import key_mask
+from fpscompile.passes.plan_sites import resolved_plan
+from fpscompile.plan import Plan
+from fpscompile.settings import Settings
+from fpscompile.tuning.problem import Problem
+from fpscompile.tuning.signature import phase_weights
+
+
+def original(model: Any) -> Any:
+    """The module behind ``torch.compile(module)``; anything else as it is."""
+    return model._orig_mod if isinstance(model, OptimizedModule) else model
+
+
+def captured(model: Any, backend: Callable[..., Any]) -> Callable[..., Any]:
+    """``model`` as a function that Dynamo captures anew with ``backend``; other compiled code is left alone."""
+    target = original(model)
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        return target(*args, **kwargs)
+
+    # A code object of its own: Dynamo counts recompiles per code object, and this may be called many times.
+    own = types.FunctionType(call.__code__.replace(), call.__globals__, "fps_capture", None, call.__closure__)
+    compiled = torch.compile(own, backend=backend)
+
+    def run(*args: Any, **kwargs: Any) -> Any:
+        training = isinstance(target, torch.nn.Module) and target.training
+        with torch.set_grad_enabled(torch.is_grad_enabled() and training):
+            return compiled(*args, **kwargs)
+
+    return run
+
+
+class Collector:
+    """A backend that shows every rewritten graph to ``look`` and runs the graph as it was captured."""
+
+    def __init__(self, settings: Settings, look: Callable[[GraphState], None]) -> None:
+        self.settings = settings
+        self.look = look
+
+    def __call__(self, gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
+        from fpscompile.backend import rewrite
+
+        graph = gm.graph
+        _, state = rewrite(gm, self.settings)
+        self.look(state)
+        return fx.GraphModule(gm, graph)
+
+
+def problem_of(site: AttentionSite, plan: Plan, state: GraphState) -> Problem:
+    """A planned site as the tuner runs it, at the sizes of the call that is being compiled."""
+    node = state.rewritten.get(site.node)
+    query, key, value = (fake_tensor(tensor) for tensor in (node or site.node).args[:3])
+    assert query is not None
+    assert key is not None
+    assert value is not None
+    mask = key_mask(site.node) if node is None else node.args[3]
+    kind = "none"
+    if mask is not None:
+        found = fake_tensor(mask)
+        kind = "bool" if found is not None and found.dtype == torch.bool else "float"
+    resolved = resolved_plan(site, plan)
+    schedule = state.settings.phases
+    weights: tuple[float, ...] = ()
+    if len(schedule.phases) == len(resolved.windows):
+        weights = phase_weights([(phase.start, phase.end) for phase in schedule.phases])
+    return Problem(
+        resolved=resolved,
+        heads=site.shape[1].hint,
+        key_heads=size_of(key.shape[1]).hint,
+        head_dim=site.shape[4].hint,
+        value_dim=size_of(value.shape[3]).hint,
+        dtype=query.dtype,
+        device=query.device,
+        key_mask=kind,
+        weights=weights,
+        asked=state.settings.lowering,
+        free_tile=state.settings.free_tile and resolved.product and not state.settings.layers,
+    )
+
+
+def site_name(site: AttentionSite) -> str:
+    """The module that makes the call; the node where the graph does not say."""
+    return module_path(site.node) or site.node.name
+
+
+def named_arguments(call: Mapping[str, Any] | tuple[Any, ...] | list[Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """(args, kwargs) of a call given as a dict, as (args, kwargs), or as a tuple of positional arguments."""
+    if isinstance(call, Mapping):
+        return (), dict(call)
+    if len(call) == 2 and isinstance(call[0], (tuple, list)) and isinstance(call[1], Mapping):
+        return tuple(call[0]), dict(call[1])
+    return tuple(call), {}

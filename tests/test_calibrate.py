@@ -1,0 +1,437 @@
+"""Calibration: its statistics are exact, its choice is the best, and it finds what the heads of a known model do."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import random
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from models.structured import HEADS, Structured, samples
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from fpscompile import Backend, Settings
+from fpscompile.calibrate import CalibrationError, calibrate
+from fpscompile.calibration import statistics
+from fpscompile.calibration.candidates import candidates
+from fpscompile.calibration.knapsack import Item, solve
+from fpscompile.calibration.statistics import SiteStatistics, observe
+from fpscompile.errors import OptionError
+from fpscompile.lowerings import gather
+from fpscompile.plan import PhasePlan, Plan, resolve
+from fpscompile.schedule import GRANULARITIES
+from fpscompile.tiling import TileLayout
+from fpscompile.tuning import read
+from fpscompile.tuning.problem import tile_of_token
+from fpscompile.tuning.store import TuningFileError
+from fpscompile.windows import Dense, View, density, sets_on_grid, spec_of, window_of
+
+TILE = (1, 2, 2)
+OPTIONS = {"tile": TILE, "window": "dense"}
+
+
+# Candidates
+
+
+@pytest.mark.parametrize("grid", [(4, 8, 8), (1, 9, 7), (9, 20, 20)])
+@pytest.mark.parametrize("text", [0, 5])
+def test_candidates_differ_and_end_in_dense(grid: tuple[int, int, int], text: int) -> None:
+    layout = TileLayout(grid, (2, 4, 4), 0, text)
+    found = candidates(layout, layout)
+    assert found.densities == tuple(sorted(found.densities))
+    assert found.densities[found.dense] == pytest.approx(1.0)
+    assert found.masks[found.dense].all()
+    assert len({mask.numpy().tobytes() for mask in found.masks}) == len(found.windows) <= 90
+    for window, value, mask in zip(found.windows, found.densities, found.masks, strict=True):
+        assert density(window, layout, layout) == pytest.approx(value)
+        assert mask.any(-1).all()
+        assert window_of(spec_of(window)) == window, "it can be written into a file"
+
+
+def test_extra_candidates_are_taken() -> None:
+    layout = TileLayout((4, 16, 16), (1, 2, 2))
+    extra = window_of([2, 5, 1])
+    assert extra not in candidates(layout, layout).windows
+    assert extra in candidates(layout, layout, (extra,)).windows
+
+
+# Statistics
+
+
+def site(
+    grid: tuple[int, int, int] = (2, 5, 7), before: int = 3, after: int = 6, heads: int = 4, quant: str = "none"
+) -> SiteStatistics:
+    layout = TileLayout(grid, (2, 4, 4), before, after)
+    granularities = GRANULARITIES if quant == "fp8" else ("tile",)
+    return SiteStatistics("x", heads, 16, layout, layout, candidates(layout, layout), granularities, quant)
+
+
+def tensors(made: SiteStatistics, key_heads: int = 2) -> tuple[torch.Tensor, ...]:
+    length = made.q_layout.length
+    return tuple(torch.randn(heads, length, 16) for heads in (made.heads, key_heads, key_heads))
+
+
+@pytest.mark.parametrize("mask", ["none", "bool", "float"])
+def test_statistics_are_those_of_masked_attention(mask: str) -> None:
+    made = site()
+    q, k, v = tensors(made)
+    key_mask = {
+        "none": None,
+        "bool": torch.rand(1, 1, q.shape[1]) > 0.3,
+        "float": torch.randn(made.heads, 1, q.shape[1]),
+    }[mask]
+    found = observe(q, k, v, key_mask, 2, 0.4, made, rows_per_tile=1000)
+    assert found.phase == 2
+
+    keys, values = (x.double().repeat_interleave(2, 0) for x in (k, v))
+    scores = q.double() @ keys.mT * 0.4
+    if key_mask is not None:
+        scores = scores.masked_fill(~key_mask, -torch.inf) if key_mask.dtype == torch.bool else scores + key_mask
+    dense = torch.softmax(scores, -1)
+    tile = tile_of_token(made.q_layout)
+    for index in range(len(made.candidates.windows)):
+        visible = made.candidates.masks[index][tile][:, tile]
+        sparse = torch.softmax(scores.masked_fill(~visible, -torch.inf), -1).nan_to_num(0.0) @ values
+        squares = (sparse - dense @ values).square().sum((1, 2)) / (dense @ values).square().sum()
+        torch.testing.assert_close(found.error[:, index, 0], squares, rtol=1e-4, atol=1e-9)
+        torch.testing.assert_close(found.recall[:, index], (dense * visible).sum(-1).mean(-1), rtol=1e-5, atol=1e-7)
+
+
+def test_statistics_of_some_rows_are_close_to_those_of_all() -> None:
+    made = site((4, 16, 16), 0, 0)
+    q, k, v = tensors(made)
+    some, every = (observe(q, k, v, None, 0, 0.3, made, rows) for rows in (8, 1000))
+    keep = every.error.sum(0) > 1e-3
+    assert ((some.error.sum(0) / every.error.sum(0))[keep] - 1).abs().max() < 0.2
+
+
+class _Largest(TorchDispatchMode):
+    def __init__(self) -> None:
+        super().__init__()
+        self.numel = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if isinstance(result, torch.Tensor):
+            self.numel = max(self.numel, result.numel())
+        return result
+
+
+def test_no_score_matrix_is_ever_held(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(statistics, "CHUNK_BYTES", 1 << 19)
+    made = site((4, 16, 16), 0, 0, heads=2)
+    q, k, v = tensors(made)
+    with _Largest() as largest:
+        observe(q, k, v, None, 0, 0.3, made, rows_per_tile=8)
+    assert largest.numel < made.q_layout.length**2 / 4
+
+
+def test_fp8_statistics_are_near_the_kernels_errors() -> None:
+    """Of every granularity, dense and sparse; P's rounding is followed by its largest value only."""
+    made = site((2, 8, 8), 0, 0, quant="fp8")
+    q, k, v = tensors(made)
+    q[0] *= 30  # makes one scale for all heads a bad one
+    found = observe(q, k, v, None, 0, 0.25, made, rows_per_tile=1000)
+    exact = F.scaled_dot_product_attention(q[None], k[None], v[None], scale=0.25, enable_gqa=True)
+    for level, index in itertools.product(range(len(GRANULARITIES)), (0, made.candidates.dense)):
+        phase = PhasePlan(made.candidates.windows[index], None, GRANULARITIES[level])
+        resolved = resolve(Plan((2, 4, 4), (phase,), quant="fp8", lowering="gather"), (2, 8, 8), 128, 128)
+        out, _ = gather.forward(q[None], k[None], v[None], key_mask=None, phases=(0,), resolved=resolved, scale=0.25)
+        actual = float((out - exact).norm() / exact.norm())
+        assert float(found.error[:, index, level].sum().sqrt()) == pytest.approx(actual, rel=0.15)
+
+
+# The choice
+
+
+def brute_force(items: list[Item], budget: float) -> float:
+    return min(
+        sum(item.costs[option] for item, option in zip(items, options, strict=True))
+        for options in itertools.product(*(range(len(item.costs)) for item in items))
+        if sum(item.errors[option] for item, option in zip(items, options, strict=True)) <= budget
+    )
+
+
+def an_item(group: str = "a") -> Item:
+    costs = sorted((random.random() for _ in range(4)), reverse=True)
+    errors = [0.0, *(random.random() for _ in range(3))]
+    return Item(group, costs, errors)
+
+
+def test_choice_is_within_one_step_of_the_optimum_and_within_the_budget() -> None:
+    for _ in range(60):
+        items = [an_item() for _ in range(5)]
+        budget = random.random()
+        solution = solve(items, {"a": budget})
+        assert solution.errors["a"] <= budget + 1e-12
+        assert solution.cost == pytest.approx(sum(i.costs[c] for i, c in zip(items, solution.choices, strict=True)))
+        best = brute_force(items, budget)
+        assert best <= solution.cost + 1e-12
+        assert solution.cost - best <= max(max(item.costs) - min(item.costs) for item in items) + 1e-12
+
+
+def test_groups_have_budgets_of_their_own() -> None:
+    items = [an_item(group) for group in "aabb"]
+    together = solve(items, {"a": 0.3, "b": 0.1})
+    apart = solve(items[:2], {"a": 0.3}).cost + solve(items[2:], {"b": 0.1}).cost
+    assert together.cost == pytest.approx(apart)
+    assert solve(items, {"a": 0.0}).errors["a"] == 0.0
+
+
+def test_a_target_cost_is_met_with_little_error() -> None:
+    for _ in range(30):
+        items = [an_item() for _ in range(5)]
+        most, least = sum(max(i.costs) for i in items), sum(min(i.costs) for i in items)
+        target = random.uniform(least, most)
+        solution = solve(items, None, target)
+        assert solution.cost <= target + 1e-12
+        options = itertools.product(*(range(4) for _ in items))
+        best = min(
+            sum(i.errors[o] for i, o in zip(items, chosen, strict=True))
+            for chosen in options
+            if sum(i.costs[o] for i, o in zip(items, chosen, strict=True)) <= target
+        )
+        assert solution.errors["a"] - best <= max(max(item.errors) for item in items)
+    assert solve(items, None, most + 1).cost == pytest.approx(sum(i.costs[0] for i in items)), "nothing to save"
+
+
+def test_what_cannot_be_had_is_left_at_its_most_accurate() -> None:
+    item = Item("a", [1.0, 0.5], [0.2, 0.4])
+    assert solve([item], {"a": 0.1}).choices == (0,)
+
+
+# A model of known heads
+
+
+def seen(window: Any, grid: tuple[int, int, int] = (4, 8, 8)) -> torch.Tensor:
+    layout = TileLayout(grid, TILE)
+    return sets_on_grid(window, View(layout, layout)).always[0]
+
+
+def test_calibration_recovers_the_structure(tmp_path: Path) -> None:
+    model = Structured().eval()
+    report = calibrate(model, samples(32), max_error=0.05, options=OPTIONS, path=tmp_path / "t.json", held_out=0.5)
+    assert (report.samples, report.held_out) == (16, 16)
+    assert [made.name for made in report.sites] == ["blocks.0", "blocks.1"]
+    for made, kinds in zip(report.sites, (HEADS, HEADS[::-1]), strict=True):
+        windows = dict(zip(kinds, made.windows[0], strict=True))
+        assert torch.equal(seen(windows["spatial"]), seen(window_of("spatial")))
+        assert torch.equal(seen(windows["temporal"]), seen(window_of("temporal")))
+        local = seen(windows["local"])
+        assert local.float().mean() <= 27 / 64
+        assert local.diagonal().all()
+        assert made.predicted <= 0.05
+        assert made.measured == pytest.approx(made.predicted, rel=0.2)
+        assert made.held_out_calls == 16
+        assert made.uniform_density >= 1.5 * made.densities[0], "than one window for all heads, at equal error"
+    assert report.uniform_density >= 1.5 * report.density
+    assert "heads: window" in str(report)
+    assert "spatial" in str(report)
+
+
+def test_prediction_is_exact_on_the_samples_it_was_made_from(tmp_path: Path) -> None:
+    """Statistics on tiles and the masks themselves, through the kernel, tell the same error."""
+    given = samples(2)
+    report = calibrate(Structured().eval(), given + given, max_error=0.05, options=OPTIONS, path=tmp_path / "t.json")
+    for made in report.sites:
+        assert made.measured == pytest.approx(made.predicted, rel=1e-4)
+
+
+def test_phases_are_told_apart(tmp_path: Path) -> None:
+    """Heads that are sharp only in the second half of the steps are sparse only there."""
+    schedule = [{"start": 0.0, "end": 0.5, "window": "dense"}, {"start": 0.5, "end": 1.0, "window": "dense"}]
+    given = [call for step in (100.0, 900.0) for call in samples(4, timestep=step)]
+    report = calibrate(
+        Structured(late=True).eval(), given, max_error=0.05, held_out=0.0, path=tmp_path / "t.json",
+        options={"tile": TILE, "schedule": schedule},
+    )  # fmt: skip
+    for made in report.sites:
+        early, late = made.densities
+        assert late < 0.3
+        assert early > 2 * late
+    assert report.measured is None
+    assert report.ranges == ((0.0, 0.5), (0.5, 1.0))
+
+
+def test_target_density_is_met_and_shared_wisely(tmp_path: Path) -> None:
+    model = Structured(kinds=(("spatial",) * 4, ("global",) * 4), content=0.0).eval()
+    report = calibrate(model, samples(4), target_density=0.6, held_out=0.0, options=OPTIONS, path=tmp_path / "t.json")
+    sharp, flat = report.sites
+    assert report.density <= 0.6 + 1e-9
+    assert sharp.densities[0] < flat.densities[0]
+    assert sharp.predicted < 0.05
+
+
+def test_a_target_that_the_error_forbids_is_reported(tmp_path: Path) -> None:
+    model = Structured(kinds=(("global",) * 4,), content=1.0).eval()
+    report = calibrate(model, samples(4), max_error=1e-4, target_density=0.1, options=OPTIONS, path=tmp_path / "t.json")
+    (made,) = report.sites
+    assert made.densities == (1.0,)
+    assert made.windows[0] == (Dense(),) * 4
+    assert "max_error=0.0001 allows no other window: the least harmful" in made.reason
+    assert any("target_density=0.1 is missed" in note for note in report.notes)
+    assert made.reason in str(report)
+    assert read(tmp_path / "t.json").contents.calibrations[report.key]["sites"]["blocks.0"]["reason"] == made.reason
+
+
+def test_fp8_takes_the_coarsest_granularity_that_is_good_enough(tmp_path: Path) -> None:
+    options = OPTIONS | {"quant": "fp8"}
+    coarse, fine = (
+        calibrate(Structured().eval(), samples(2), max_error=limit, options=options, path=tmp_path / "t.json")
+        for limit in (0.6, 1e-3)
+    )
+    assert {made.granularities for made in coarse.sites} == {("tensor",)}
+    assert all("quantization alone errs" in made.reason for made in fine.sites)
+    assert coarse.measured == pytest.approx(coarse.predicted, rel=0.3)
+
+
+# What becomes of it
+
+
+def compiled(model: nn.Module, call: dict, **options: Any) -> tuple[Backend, torch.Tensor]:
+    torch._dynamo.reset()
+    backend = Backend(Settings.from_options({"inner": "eager", "quant": "none", **options}))
+    with torch.no_grad():
+        return backend, torch.compile(model, backend=backend)(**call)
+
+
+def notes_of(backend: Backend) -> dict[str, str]:
+    return {note.code: note.message for note in backend.graphs[0].notes}
+
+
+def test_the_file_compiles_the_model_as_calibrated(tmp_path: Path) -> None:
+    path, model, (call,) = tmp_path / "t.json", Structured().eval(), samples(1)
+    report = calibrate(model, samples(8), max_error=0.05, options=OPTIONS, path=path)
+    backend, actual = compiled(model, call, tuning=str(path))
+    sites = {record.module: record for record in backend.graphs[0].sites}
+    for made in report.sites:
+        assert sites[made.name].rewritten
+        assert sites[made.name].density == pytest.approx(made.densities * len(sites[made.name].density))
+    assert f"calibration {report.key!r}" in notes_of(backend)["calibrated"]
+    expected = model(**call).detach()
+    error = float((actual - expected).norm() / expected.norm())
+    assert 0 < error < 0.05
+    again = json.loads(path.read_text())["calibrations"][report.key]["options"]
+    other, same = compiled(model, call, **{name: value for name, value in again.items() if name != "schedule"})
+    assert torch.allclose(same, actual, atol=1e-6), "its options alone do the same"
+    assert "calibrated" not in notes_of(other)
+
+
+def test_another_model_grid_or_wish_is_named_and_ignored(tmp_path: Path) -> None:
+    path, (call,) = tmp_path / "t.json", samples(1)
+    calibrate(Structured().eval(), samples(2), max_error=0.05, options=OPTIONS, path=path)
+
+    class Renamed(Structured):
+        pass
+
+    grid = (4, 8, 6)
+    cases = [
+        (Renamed().eval(), call, {}, "for the model Structured, and this is Renamed"),
+        (Structured(grid).eval(), samples(1, grid)[0], {}, "for grid [4, 8, 8], and blocks.0 has [4, 8, 6]"),
+        (Structured(kinds=(HEADS[:3],)).eval(), call, {}, "for heads 4, and blocks.0 has 3"),
+        (Structured().eval(), call, {"density": 0.5, "tile": TILE}, "options give density, which outrank it"),
+    ]
+    for model, given, options, words in cases:
+        backend, _ = compiled(model, given, tuning=str(path), **options)
+        assert "calibrated" not in notes_of(backend)
+        assert words in notes_of(backend)["calibration-ignored"]
+        assert str(path) in notes_of(backend)["calibration-ignored"]
+    backend, _ = compiled(Structured().eval(), call, tuning=str(path), autotune="off")
+    assert not {"calibrated", "calibration-ignored"} & set(notes_of(backend))
+
+
+class Scheduler:
+    def __init__(self) -> None:
+        self.timesteps, self.step_index = torch.linspace(1000, 100, 4), 0
+
+
+class Pipeline:
+    """What attach and calibrate need of a pipeline: components, a scheduler, a loop."""
+
+    def __init__(self, late: bool) -> None:
+        self.transformer, self.scheduler = Structured(late=late).eval(), Scheduler()
+        self.components = {"transformer": self.transformer, "scheduler": self.scheduler}
+
+    def __call__(self, seed: int) -> None:
+        latent = torch.randn(1, 4, 4, 8, 8, generator=torch.Generator().manual_seed(seed))
+        for index, step in enumerate(self.scheduler.timesteps):
+            self.scheduler.step_index = index
+            latent = latent + 0.1 * self.transformer(latent, timestep=step[None])[:, :, :4].mT.unflatten(2, (4, 8, 8))
+
+
+def test_pipelines_are_run_and_left_as_they_were(tmp_path: Path) -> None:
+    pipe = Pipeline(late=True)
+    schedule = [{"start": 0.0, "end": 0.5, "window": "dense"}, {"start": 0.5, "end": 1.0, "window": "dense"}]
+    report = calibrate(
+        pipe, [{"seed": 1}, {"seed": 2}], max_error=0.05, path=tmp_path / "t.json",
+        options={"tile": TILE, "schedule": schedule},
+    )  # fmt: skip
+    assert report.model == "Structured"
+    assert all(made.densities[1] < 0.3 < made.densities[0] for made in report.sites)
+    assert [made.held_out_calls for made in report.sites] == [4, 4]
+    assert pipe.transformer._compiled_call_impl is None
+    assert not pipe.transformer._forward_pre_hooks
+
+
+def test_without_a_step_all_steps_share_one_choice(tmp_path: Path) -> None:
+    class NoStep(Structured):
+        def forward(self, latent: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
+            return super().forward(latent, latent.new_ones(1))
+
+    given = [(call["latent"],) for call in samples(4)]
+    report = calibrate(NoStep().eval(), given, max_error=0.05, options={"tile": TILE}, path=tmp_path / "t.json")
+    assert report.ranges == ((0.0, 1.0),)
+    assert any("the denoising step is unknown" in note for note in report.notes)
+    assert report.density < 0.3
+
+
+def test_phases_that_no_sample_reaches_stay_dense(tmp_path: Path) -> None:
+    report = calibrate(
+        Structured().eval(),
+        samples(2, timestep=100.0),
+        max_error=0.05,
+        options={"tile": TILE},
+        path=tmp_path / "t.json",
+    )
+    assert all(made.densities[:2] == (1.0, 1.0) and made.densities[2] < 0.5 for made in report.sites)
+    assert any("no sample reached progress 0-0.2, 0.2-0.6: dense there" in note for note in report.notes)
+
+
+def test_mistakes_are_named(tmp_path: Path) -> None:
+    model, path = Structured().eval(), tmp_path / "t.json"
+    for arguments, words in [
+        ({}, "max_error=, target_density= or both"),
+        ({"max_error": 0.0}, r"max_error=0\.0 must be in \(0, 1\]"),
+        ({"target_density": 2}, "target_density=2 must be in"),
+        ({"max_error": 0.1, "held_out": 1.0}, r"held_out=1\.0 must be in"),
+    ]:
+        with pytest.raises(OptionError, match=words):
+            calibrate(model, samples(1), path=path, **arguments)
+    with pytest.raises(OptionError, match="samples must be a non-empty list"):
+        calibrate(model, [], max_error=0.1, path=path)
+    with pytest.raises(OptionError, match="found no denoiser in int"):
+        calibrate(3, [{}], max_error=0.1, path=path)
+    with pytest.raises(CalibrationError, match="no 3D attention was seen"):
+        calibrate(nn.Linear(2, 2), [(torch.ones(1, 2),)], max_error=0.1, path=path)
+    with pytest.raises(CalibrationError, match="one resolution at a time"):
+        calibrate(Growing().eval(), samples(1) + samples(1, (4, 8, 6)), max_error=0.1, held_out=0.0, path=path)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(TuningFileError, match="cannot be written"):
+        calibrate(model, samples(1), max_error=0.1, path=tmp_path / "file" / "t.json")
+
+
+class Growing(nn.Module):
+    """Takes any grid."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Conv3d(4, 32, 1)
+
+    def forward(self, latent: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
+        x = self.embed(latent).flatten(2).transpose(1, 2).unflatten(2, (2, 16)).transpose(1, 2)
+        return F.scaled_dot_product_attention(x, x, x)
