@@ -53,6 +53,18 @@ def matmul_peak(dtype: torch.dtype, *, size: int = 2048, rounds: int = 7) -> flo
     return 2 * size**3 / best
 
 
+def int8_peak(*, size: int = 2048, rounds: int = 7) -> float:
+    """Operations per second of ``torch._int_mm`` on square matrices of bytes."""
+    a, b = (torch.randint(-127, 128, (size, size), dtype=torch.int8) for _ in range(2))
+    torch._int_mm(a, b)
+    best = math.inf
+    for _ in range(rounds):
+        start = time.perf_counter()
+        torch._int_mm(a, b)
+        best = min(best, time.perf_counter() - start)
+    return 2 * size**3 / best
+
+
 def geomean(values: Sequence[float]) -> float:
     return statistics.geometric_mean(values)
 

@@ -3,8 +3,11 @@
 For each shape the peer is ``F.scaled_dot_product_attention`` on all tokens and ours is a lowering under a window.
 Inputs come as models give them, ``[B, L, H, D].transpose(1, 2)``, so every copy that a lowering makes is inside its
 figure. ``efficiency`` is ratio * density: 1 means that a kept query-key pair costs what it costs the peer.
+``matmul_peak`` is the rate on kept pairs over that of torch's own matrix product of such operands, in the same run.
+A precision is a dtype of the inputs, or "int8": bfloat16 inputs, quantized inside, against bfloat16 attention.
 
-    python benchmarks/attention_cpu.py [--lowering boxes] [--backward] [--threads N] [--quick] [--json PATH]
+    python benchmarks/attention_cpu.py [--lowering boxes | cpp] [--precision float32 ...] [--density 0.25 ...]
+        [--backward] [--flex] [--threads N] [--quick] [--json PATH]
 """
 
 from __future__ import annotations
@@ -13,7 +16,7 @@ import argparse
 import json
 import math
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,7 +26,7 @@ import torch.nn.functional as F
 
 sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve().parents[1])]
 
-from _harness import geomean, interleave, matmul_peak, print_table, write_json
+from _harness import geomean, int8_peak, interleave, matmul_peak, print_table, write_json
 
 from fpscompile import lowerings
 from fpscompile.plan import PhasePlan, Plan, ResolvedPlan, resolve
@@ -38,7 +41,15 @@ class Shape:
     grid: Triple
     heads: int
     head_dim: int
-    dtype: torch.dtype
+    precision: str
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return DTYPES.get(self.precision, torch.bfloat16)
+
+    @property
+    def quant(self) -> str:
+        return self.precision if self.precision == "int8" else "none"
 
     @property
     def tokens(self) -> int:
@@ -53,7 +64,7 @@ class Sparsity:
     density: float
 
     def resolve(self, shape: Shape, lowering: str) -> ResolvedPlan:
-        plan = Plan(self.tile, (PhasePlan(density=self.density),), lowering=lowering)
+        plan = Plan(self.tile, (PhasePlan(density=self.density),), lowering=lowering, quant=shape.quant)
         return resolve(plan, shape.grid, shape.tokens, shape.tokens)
 
 
@@ -66,20 +77,28 @@ GRIDS = {
 """Two at 32k: a round one, and Wan's at 480p, where tiles are ragged. Fewer heads there keep the run short."""
 
 SPARSITIES = (Sparsity((4, 8, 8), 0.25), Sparsity((4, 8, 8), 0.1), Sparsity((2, 8, 8), 0.25))
-"""Tiles of 256 and 128 tokens."""
+"""Tiles of 256 and 128 tokens, unless densities are given."""
 
 QUICK_GRIDS = {4608: ((8, 24, 24), (8, 24, 24), 2)}
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
-def shapes(quick: bool) -> list[Shape]:
+PRECISIONS = (*DTYPES, "int8")
+
+
+def shapes(quick: bool, precisions: Sequence[str] = tuple(DTYPES)) -> list[Shape]:
     return [
-        Shape(grids[axis], grids[2], head_dim, dtype)
+        Shape(grids[axis], grids[2], head_dim, precision)
         for grids in (QUICK_GRIDS if quick else GRIDS).values()
         for axis, head_dim in enumerate((64, 128))
-        for dtype in DTYPES.values()
+        for precision in precisions
     ]
+
+
+def peak_of(precision: str, size: int) -> float:
+    """Operations per second of torch's own matrix product of such operands."""
+    return int8_peak(size=size) if precision == "int8" else matmul_peak(DTYPES[precision], size=size)
 
 
 def inputs(shape: Shape, seed: int = 0) -> list[torch.Tensor]:
@@ -116,6 +135,27 @@ def ours(shape: Shape, resolved: ResolvedPlan, backward: bool) -> Callable[[], A
     return both if backward else forward
 
 
+def flex(shape: Shape, resolved: ResolvedPlan) -> Callable[[], Any]:
+    """Compiled FlexAttention under the same mask, on tokens that lie in tile order already: its best case."""
+    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
+    order, sizes = resolved.q_layout.order(), resolved.q_layout.sizes()
+    tile_of = torch.repeat_interleave(torch.arange(resolved.q_layout.n_tiles), sizes)
+    visible = resolved.block_mask.to_dense(resolved.q_layout.n_tiles)[0, 0]
+    q, k, v = (x[:, :, order] for x in inputs(shape)[:3])
+    mask = create_block_mask(
+        lambda b, h, i, j: visible[tile_of[i], tile_of[j]], None, None, shape.tokens, shape.tokens, device="cpu",
+        BLOCK_SIZE=128,
+    )  # fmt: skip
+    compiled = torch.compile(flex_attention)
+
+    def call() -> Any:
+        with torch.no_grad():
+            return compiled(q, k, v, block_mask=mask)
+
+    return call
+
+
 def error(shape: Shape, resolved: ResolvedPlan, samples: int = 64) -> float:
     """Relative error (norm over norm) of the output at some random queries, against float64."""
     q, k, v, _ = inputs(shape)
@@ -140,12 +180,22 @@ def _visible_rows(resolved: ResolvedPlan, rows: torch.Tensor) -> torch.Tensor:
 
 
 def measure(
-    shape: Shape, *, lowering: str, backward: bool, rounds: int, budget: float, peak: float
+    shape: Shape,
+    sparsities: Sequence[Sparsity],
+    *,
+    lowering: str,
+    backward: bool,
+    with_flex: bool,
+    rounds: int,
+    budget: float,
+    peak: float,
 ) -> Iterator[dict[str, Any]]:
     """Rows of the table for one shape: its windows, timed in turns with the peer."""
-    plans = {sparsity: sparsity.resolve(shape, lowering) for sparsity in SPARSITIES}
+    plans = {sparsity: sparsity.resolve(shape, lowering) for sparsity in sparsities}
     functions: dict[Any, Callable[[], Any]] = {"peer": peer(shape, backward)}
     functions |= {sparsity: ours(shape, resolved, backward) for sparsity, resolved in plans.items()}
+    if with_flex and not backward:
+        functions |= {("flex", sparsity): flex(shape, resolved) for sparsity, resolved in plans.items()}
     times = interleave(functions, rounds=rounds, budget=budget)
     # two matrix products forward; five more backward, one of which recomputes the scores
     products = 7 if backward else 2
@@ -160,26 +210,37 @@ def measure(
             "window": resolved.windows[0],
             "heads": shape.heads,
             "head_dim": shape.head_dim,
-            "dtype": str(shape.dtype).removeprefix("torch."),
+            "dtype": shape.precision,
             "direction": "forward+backward" if backward else "forward",
             "lowering": lowering,
+            "asked": sparsity.density,
             "density": density,
             "peer_ms": 1e3 * times["peer"],
             "ours_ms": 1e3 * times[sparsity],
             "ratio": ratio,
             "efficiency": ratio * density,
             "matmul_peak": flops / times[sparsity] / peak,
+            "flex_ms": 1e3 * times[("flex", sparsity)] if ("flex", sparsity) in times else None,
             "error": error(shape, resolved),
         }
 
 
 def summarize(rows: list[dict[str, Any]]) -> dict[str, Any]:
-    """Over all rows, and for each dtype."""
+    """Over all rows, and for each precision; ratios by the density that was asked for."""
     summary: dict[str, Any] = {}
-    for name in ("all", *DTYPES):
-        values = [row["efficiency"] for row in rows if name in ("all", row["dtype"])]
-        if values:
-            summary[name] = {"geomean_efficiency": geomean(values), "min_efficiency": min(values), "rows": len(values)}
+    for name in ("all", *PRECISIONS):
+        some = [row for row in rows if name in ("all", row["dtype"])]
+        if not some:
+            continue
+        values = [row["efficiency"] for row in some]
+        summary[name] = {"geomean_efficiency": geomean(values), "min_efficiency": min(values), "rows": len(values)}
+        if name != "all":
+            groups = {density: [r for r in some if r["asked"] == density] for density in {r["asked"] for r in some}}
+            summary[name]["ratio"] = {
+                f"{density:g}": {"geomean": geomean([row["ratio"] for row in group]), "rows": len(group),
+                                 "lowest_matmul_peak": min(row["matmul_peak"] for row in group)}
+                for density, group in sorted(groups.items(), reverse=True)
+            }  # fmt: skip
     return summary
 
 
@@ -215,12 +276,16 @@ COLUMNS: dict[str, Callable[[Any], str]] = {
     "efficiency": "{:.2f}".format,
     "matmul_peak": "{:.0%}".format,
     "error": "{:.1e}".format,
+    "flex_ms": lambda value: "" if value is None else f"{value:.1f}",
 }
 
 
 def main(argv: list[str] | None = None) -> dict[str, Any]:
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
     parser.add_argument("--lowering", default="boxes", choices=sorted(lowerings.REGISTRY))
+    parser.add_argument("--precision", nargs="+", choices=PRECISIONS, default=list(DTYPES))
+    parser.add_argument("--density", nargs="+", type=float, help="with tiles of 256 tokens, instead of the usual three")
+    parser.add_argument("--flex", action="store_true", help="time compiled FlexAttention under the same mask as well")
     parser.add_argument("--backward", action="store_true", help="time forward and backward together")
     parser.add_argument("--quick", action="store_true", help="one small grid, for continuous integration")
     parser.add_argument("--rounds", type=int, default=7, help="turns per shape (at least 3)")
@@ -236,18 +301,21 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     if args.threads:
         torch.set_num_threads(args.threads)
 
-    peaks = {dtype: matmul_peak(dtype, size=512 if args.quick else 2048) for dtype in DTYPES.values()}
+    peaks = {precision: peak_of(precision, 512 if args.quick else 2048) for precision in args.precision}
+    sparsities = [Sparsity((4, 8, 8), density) for density in args.density] if args.density else SPARSITIES
     rows = []
-    for shape in shapes(args.quick):
-        if args.filter not in f"{shape.tokens} {str(shape.dtype).removeprefix('torch.')} {shape.head_dim}":
+    for shape in shapes(args.quick, args.precision):
+        if args.filter not in f"{shape.tokens} {shape.precision} {shape.head_dim}":
             continue
         rows += measure(
             shape,
+            sparsities,
             lowering=args.lowering,
             backward=args.backward,
+            with_flex=args.flex,
             rounds=args.rounds,
             budget=args.budget,
-            peak=peaks[shape.dtype],
+            peak=peaks[shape.precision],
         )
     if args.filter and args.json and args.json.exists():
         rows = replace_rows(json.loads(args.json.read_text())["rows"], rows)
@@ -256,9 +324,13 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     print_table(f"{args.lowering} against dense attention, {direction}", COLUMNS, rows)
     for name, values in summary.items():
         print(f"{name}: efficiency geomean {values['geomean_efficiency']:.3f}, minimum {values['min_efficiency']:.3f}")
-    print("matmul peak: " + ", ".join(f"{name} {peaks[dtype] / 1e9:.0f} GFLOP/s" for name, dtype in DTYPES.items()))
+        for density, of in values.get("ratio", {}).items():
+            print(
+                f"  density {density}: {of['geomean']:.2f}x, at least {of['lowest_matmul_peak']:.0%} of the matmul rate"
+            )
+    print("matmul rate: " + ", ".join(f"{name} {peak / 1e9:.0f} G/s" for name, peak in peaks.items()))
     if args.json:
-        write_json(args.json, "attention_cpu", rows, summary)
+        write_json(args.json, "attention_cpu", rows, {**summary, "matmul_rate": peaks})
     return summary
 
 

@@ -122,6 +122,7 @@ def rewrite(gm: fx.GraphModule, settings: Settings, *, detail: bool = False) -> 
     if not os.environ.get("FPS_DISABLE", "0").strip("0"):
         state.notes += notes_on_breaks(gm, record.sites, [str(miss.message) for miss in state.near_misses])
     record.notes = state.notes
+    record.settings = state.settings  # with a calibration, where the tuning file holds one
     record.progress_source = state.progress_source
     record.seconds = sum(step.seconds for step in record.passes)
     logger.debug("passes took %.3f s, all of the rewrite %.3f s", record.seconds, time.perf_counter() - began)
@@ -131,7 +132,7 @@ def rewrite(gm: fx.GraphModule, settings: Settings, *, detail: bool = False) -> 
 @contextlib.contextmanager
 def _own_saved_tensors() -> Iterator[None]:
     """Keep the fake tensors that the passes compute from hooks of the caller, such as a checkpoint's, which counts."""
-    if not torch._C._autograd._saved_tensors_hooks_is_enabled():
+    if not torch._C._autograd._saved_tensors_hooks_is_enabled():  # type: ignore[attr-defined]
         yield
         return
     with torch.autograd.graph.saved_tensors_hooks(lambda tensor: tensor, lambda tensor: tensor):

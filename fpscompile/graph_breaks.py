@@ -16,7 +16,8 @@ from fpscompile.records import Note, SiteRecord
 DATA_DEPENDENT = ("Dynamic shape", "Data dependent", "item()", "step_unsupported")
 CAPTURE = (
     "set torch._dynamo.config.capture_dynamic_output_shape_ops and capture_scalar_outputs to True before the first "
-    "call, so that sizes which depend on data are captured"
+    "call, so that sizes which depend on data are captured; where that does not help, call fpscompile.attach(model), "
+    "which tells grid and step to attention behind a break"
 )
 PRODUCTS = frozenset(["linear", "matmul", "bmm", "conv2d", "conv3d", "einsum", "__matmul__"])
 LARGE = 8
@@ -27,6 +28,7 @@ ENCODER = (
     "call torch.backends.mha.set_fastpath_enabled(False) before compiling, so that the layer's attention is a call of "
     "its own"
 )
+ATTENTION = ("attn", "attention", "attend", "sdpa", "mha")
 OWN = ("hop::", "fps::", "prims::")
 FUSED = {"_transformer_encoder_layer_fwd": ENCODER, "_native_multi_head_attention": ENCODER}
 """Ops of PyTorch that hold a whole attention layer, and what to do."""
@@ -88,10 +90,15 @@ def _takes_three(node: fx.Node) -> bool:
         result = outputs[0] if isinstance(outputs, (tuple, list)) and outputs else None
     if len(tensors) < 3 or not isinstance(result, torch.Tensor):
         return False
+    _, key, value = tensors
     ranks = {tensor.ndim for tensor in (*tensors, result)}
     features = {size_of(tensor.shape[-1]).expr for tensor in tensors if tensor.ndim}
     floating = all(tensor.dtype.is_floating_point for tensor in tensors)
-    return ranks in ({3}, {4}) and len(features) == 1 and floating
+    if ranks not in ({3}, {4}) or len(features) != 1 or not floating:
+        return False
+    # Fused modulation and rotation take three tensors too, but of three ranks or shapes.
+    paired = [size_of(size).expr for size in key.shape[:-1]] == [size_of(size).expr for size in value.shape[:-1]]
+    return paired and (ranks == {4} or any(word in target_name(node).lower() for word in ATTENTION))
 
 
 def _message(reason: Any) -> str:

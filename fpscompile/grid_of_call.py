@@ -21,13 +21,18 @@ class GridReader:
     2. A 5-D latent and the patch size of ``model.config`` (``patch_size``, ``patch_size_t``): sizes over patch.
        Whether the latent is [B, C, T, H, W] or [B, T, C, H, W] is told by ``config.in_channels``; when both fit,
        the layout of an earlier call; else the grid stays unknown.
+    3. A list of latents [C, T, H, W] of one shape, as the original Wan takes it, in the same way.
+
+    What the config does not have may be an attribute of the model.
 
     A grid that is wrong for a site cannot pass unnoticed: the op compares its product with the token count.
     """
 
     def __init__(self, model: nn.Module, grid: Grid | None = None) -> None:
         self.given = grid
-        self.config = getattr(model, "config", None)
+        config = getattr(model, "config", None)
+        names = ("patch_size", "patch_size_t", "in_channels", "in_dim")
+        self.known = {name: getattr(config, name, getattr(model, name, None)) for name in names}
         self.parameters = list(inspect.signature(model.forward).parameters)
         self.name = type(model).__name__
         self.channels_dim: int | None = None
@@ -40,10 +45,13 @@ class GridReader:
         if all(isinstance(size, int) for size in sizes):
             return (sizes[0], sizes[1], sizes[2])  # type: ignore[return-value]
         latent = next((v for v in named.values() if isinstance(v, torch.Tensor) and v.ndim == 5), None)
+        listed = next((v for v in named.values() if _latents(v)), None) if latent is None else None
+        if listed is not None:
+            latent = listed[0][None]
         patch = self._patch()
         if latent is None or patch is None:
             return None
-        dim = self._channels(latent)
+        dim = self._channels(latent) or (1 if listed is not None else None)
         if dim is None:
             logger.warning(
                 "%s: the layout of the latent %s is ambiguous; pass attach(model, grid=...)",
@@ -55,22 +63,26 @@ class GridReader:
         t, h, w = (size // p for size, p in zip(video, patch, strict=True))
         return (t, h, w)
 
-    def _config(self, name: str) -> Any:
-        return getattr(self.config, name, None)
-
     def _patch(self) -> Grid | None:
-        patch = self._config("patch_size")
+        patch = self.known["patch_size"]
         if isinstance(patch, int):
-            return (self._config("patch_size_t") or 1, patch, patch)
+            return (self.known["patch_size_t"] or 1, patch, patch)
         if isinstance(patch, (tuple, list)) and len(patch) == 3:
             return (patch[0], patch[1], patch[2])
         if isinstance(patch, (tuple, list)) and len(patch) == 2:
-            return (self._config("patch_size_t") or 1, patch[0], patch[1])
+            return (self.known["patch_size_t"] or 1, patch[0], patch[1])
         return None
 
     def _channels(self, latent: torch.Tensor) -> int | None:
-        channels = self._config("in_channels")
+        channels = self.known["in_channels"] or self.known["in_dim"]
         fits = [dim for dim in (1, 2) if latent.shape[dim] == channels]
         if len(fits) == 1:
             self.channels_dim = fits[0]
         return self.channels_dim
+
+
+def _latents(value: Any) -> bool:
+    """Whether an argument is a list of latents [C, T, H, W], all of one shape."""
+    if not isinstance(value, (tuple, list)) or not value:
+        return False
+    return all(isinstance(v, torch.Tensor) and v.ndim == 4 and v.shape == value[0].shape for v in value)

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from fpscompile.errors import ScheduleError
-from fpscompile.windows import AnyWindow, is_open, pattern_of, window_of, with_density
+from fpscompile.windows import AnyWindow, is_open, pattern_of, spec_of, window_of, with_density
 from fpscompile.windows.checks import check_density
 
 GRANULARITIES = ("tensor", "head", "tile", "subtile")
@@ -57,6 +57,12 @@ class Phase:
             raise ScheduleError(
                 f"granularity {self.granularity!r} is unknown; choose one of {', '.join(GRANULARITIES)}"
             )
+
+    def to_data(self) -> dict[str, Any]:
+        """Plain data for JSON; ``Phase(**data)`` is the same phase."""
+        window = None if self.window is None else spec_of(self.window)
+        data = {"start": self.start, "end": self.end, "window": window, "density": self.density}
+        return {key: value for key, value in data.items() if value is not None} | {"granularity": self.granularity}
 
 
 @dataclass(frozen=True)

@@ -100,21 +100,33 @@ def tile_means(x: torch.Tensor, layout: TileLayout, weights: torch.Tensor | None
 def _tile_sums(x: torch.Tensor, layout: TileLayout) -> torch.Tensor:
     """[B, H, N, D]. Axis by axis: the first pass reads every token once, the others next to nothing.
 
-    A wider dtype would copy all tokens ahead of the first pass, which is where the time goes: 16-bit inputs give 16-bit
-    means of a few tokens each, and everything after is float32.
+    A wider dtype would copy all tokens ahead of the first pass, which is where the time goes: bfloat16 gives bfloat16
+    sums along h, and everything after is float32.
     """
+    if x.dtype == torch.float16:
+        x = x.float()  # whose sums could overflow
+    video = slice(layout.before, layout.before + layout.video)
+    heads, width = x.shape[1], x.shape[3]
+    if x.stride(1) == width and x.stride(3) == 1:  # memory is [B, L, H, D]: longer runs to add up
+        sums = _pooled(x.transpose(1, 2).flatten(2)[:, video], layout, 1)
+        return sums.unflatten(-1, (heads, width)).transpose(1, 2)
+    return _pooled(x[:, :, video], layout, 2)
+
+
+def _pooled(x: torch.Tensor, layout: TileLayout, dim: int) -> torch.Tensor:
+    """The video's tokens along ``dim`` to sums over tiles along ``dim``."""
     wide = torch.float64 if x.dtype == torch.float64 else torch.float32
-    video = x[:, :, layout.before : layout.before + layout.video].unflatten(2, layout.grid)
+    x = x.unflatten(dim, layout.grid)
     for axis in (1, 0, 2):
-        dim, tile, size = 2 + axis, layout.tile[axis], layout.grid[axis]
+        at, tile, size = dim + axis, layout.tile[axis], layout.grid[axis]
         whole = size // tile * tile
         pieces = []
         if whole:
-            pieces.append(video.narrow(dim, 0, whole).unflatten(dim, (-1, tile)).mean(dim + 1).to(wide) * tile)
+            pieces.append(x.narrow(at, 0, whole).unflatten(at, (-1, tile)).sum(at + 1).to(wide))
         if whole < size:
-            pieces.append(video.narrow(dim, whole, size - whole).mean(dim, keepdim=True).to(wide) * (size - whole))
-        video = pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim)
-    return video.flatten(2, 4)
+            pieces.append(x.narrow(at, whole, size - whole).sum(at, keepdim=True).to(wide))
+        x = pieces[0] if len(pieces) == 1 else torch.cat(pieces, at)
+    return x.flatten(dim, dim + 2)
 
 
 @functools.lru_cache(maxsize=64)

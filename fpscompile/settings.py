@@ -100,8 +100,8 @@ class Settings:
     attention_kinds: tuple[str, ...] = ("3d",)
     """Kinds of sites to rewrite."""
     autotune: str | None = None
-    """"quick" or "full": measure, while compiling, what the tuning file does not hold; "off": use no tuning file. None:
-    use what the file holds."""
+    """"quick" or "full": measure, while compiling, what the tuning file does not hold; "off": take no kernel from it.
+    None: use what it holds."""
     tuning: str | None = None
     """Path of the tuning file; None: the one in the cache folder."""
     free_tile: bool = False

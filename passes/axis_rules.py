@@ -10,43 +10,32 @@ from __future__ import annotations
 import functools
 import itertools
 import operator
-from collections.abc import Callable, Sequence
-from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-import sympy
 import torch
 from torch import fx
 
-from fpscompile.ir import Size
 from fpscompile.passes.axes import (
     INPUT,
     Atom,
     Axis,
-    Cat,
-    Factor,
-    Label,
     atom,
     axis_size,
     concat,
-    cut,
-    describe,
     fresh,
     merge,
     product,
     reshape,
-    root,
     same,
     strided,
 )
-from fpscompile.passes.base import argument, fake_tensor, fake_value, size_of, target_name
+from fpscompile.passes.base import argument, fake_tensor, fake_value, target_name
 from fpscompile.passes.frames import whole_of
+from fpscompile.passes.place_rules import choose, getitem, narrow, pad, select, split, unbind
+from fpscompile.passes.rule_tools import Result, Rule, dim_of, source_of
 
 if TYPE_CHECKING:
     from fpscompile.passes.trace_axes import Tracer
-
-Result = Label | list[Label] | None
-Rule = Callable[["Tracer", fx.Node], Result]
 
 
 def names(text: str) -> list[str]:
@@ -112,25 +101,10 @@ def broadcast(tracer: Tracer, node: fx.Node) -> Result:
 
 def unary(tracer: Tracer, node: fx.Node) -> Result:
     """Ops that keep the shape of their first tensor; others (a weight, a ``type_as`` model) do not count."""
-    label, sizes = _source(tracer, node)
+    label, sizes = source_of(tracer, node)
     out = tracer.shape(node)
     kept = len(sizes) == len(out) and all(same(a, b) for a, b in zip(sizes, out, strict=True))
     return label if kept else None
-
-
-def _source(tracer: Tracer, node: fx.Node) -> tuple[Label, tuple[Size, ...]]:
-    """Label and sizes of the first tensor argument, whether given by position or by name."""
-    source = node.all_input_nodes[0]
-    if node.args and isinstance(node.args[0], fx.Node):
-        source = node.args[0]
-    elif isinstance(node.kwargs.get("input"), fx.Node):
-        source = node.kwargs["input"]  # type: ignore[assignment]
-    return tracer.label(source), tracer.shape(source)
-
-
-def _dim(value: Any, rank: int) -> int:
-    dim = fake_value(value)
-    return int(dim) % rank if rank else 0
 
 
 def _dims(node: fx.Node, position: int, name: str, rank: int) -> list[int] | None:
@@ -146,18 +120,18 @@ def _dims(node: fx.Node, position: int, name: str, rank: int) -> list[int] | Non
 
 
 def view(tracer: Tracer, node: fx.Node) -> Result:
-    label, _ = _source(tracer, node)
+    label, _ = source_of(tracer, node)
     return reshape(label, tracer.shape(node), node.name)
 
 
 def permute(tracer: Tracer, node: fx.Node) -> Result:
-    label, _ = _source(tracer, node)
+    label, _ = source_of(tracer, node)
     dims = _dims(node, 1, "dims", len(label))
     return None if dims is None else tuple(label[dim] for dim in dims)
 
 
 def transpose(tracer: Tracer, node: fx.Node) -> Result:
-    label, _ = _source(tracer, node)
+    label, _ = source_of(tracer, node)
     rank = len(label)
     first = argument(node, 1, "dim0", node.kwargs.get("axis0"))
     second = argument(node, 2, "dim1", node.kwargs.get("axis1"))
@@ -170,12 +144,12 @@ def transpose(tracer: Tracer, node: fx.Node) -> Result:
 
 
 def matrix_transpose(tracer: Tracer, node: fx.Node) -> Result:
-    label, _ = _source(tracer, node)
+    label, _ = source_of(tracer, node)
     return (*label[:-2], *reversed(label[-2:]))
 
 
 def movedim(tracer: Tracer, node: fx.Node) -> Result:
-    label, _ = _source(tracer, node)
+    label, _ = source_of(tracer, node)
     rank = len(label)
     source, target = argument(node, 1, "source"), argument(node, 2, "destination")
     sources = [source] if isinstance(source, int) else source
@@ -189,7 +163,7 @@ def movedim(tracer: Tracer, node: fx.Node) -> Result:
 
 def expand(tracer: Tracer, node: fx.Node) -> Result:
     """Dimensions that grow from 1 are new axes; the others keep theirs. Also repeat, tile and broadcast_to."""
-    label, sizes = _source(tracer, node)
+    label, sizes = source_of(tracer, node)
     out = tracer.shape(node)
     lead = len(out) - len(label)
     return tuple(
@@ -207,7 +181,7 @@ def cat(tracer: Tracer, node: fx.Node) -> Result:
     rank = len(tracer.shape(node))
     if any(len(label) != rank for label in labels):  # legacy: an empty 1-D tensor among the parts
         return None
-    dim = _dim(argument(node, 1, "dim", node.kwargs.get("axis", 0)), rank)
+    dim = dim_of(argument(node, 1, "dim", node.kwargs.get("axis", 0)), rank)
     result = [functools.reduce(merge, axes) for axes in zip(*labels, strict=True)]
     parts: list[Axis] = []
     for index, (label, shape) in enumerate(zip(labels, shapes, strict=True)):
@@ -225,201 +199,15 @@ def stack(tracer: Tracer, node: fx.Node) -> Result:
         return None
     labels = [tracer.label(t) for t in tensors]
     out = tracer.shape(node)
-    dim = _dim(argument(node, 1, "dim", 0), len(out))
+    dim = dim_of(argument(node, 1, "dim", 0), len(out))
     result = [functools.reduce(merge, axes) for axes in zip(*labels, strict=True)]
     frames = whole_of(tensors, tracer.label)
     result.insert(dim, fresh(node.name, dim, out[dim]) if frames is None else frames)
     return tuple(result)
 
 
-def split(tracer: Tracer, node: fx.Node) -> Result:
-    """split, chunk, tensor_split: consecutive slices of one dimension."""
-    label, _ = _source(tracer, node)
-    dim = argument(node, 2, "dim", 0)
-    outputs = fake_value(node)
-    if not isinstance(dim, int) or not isinstance(outputs, (tuple, list)):
-        return None
-    dim %= len(label)
-    start = Size(sympy.Integer(0), 0)
-    result = []
-    for output in outputs:
-        size = size_of(output.shape[dim])
-        result.append(_part(label, dim, start, size))
-        start = Size(start.expr + size.expr, start.hint + size.hint)
-    return result
-
-
-def unbind(tracer: Tracer, node: fx.Node) -> Result:
-    label, _ = _source(tracer, node)
-    dim = _dim(argument(node, 1, "dim", 0), len(label))
-    outputs = fake_value(node)
-    return [_at(label, dim, index) for index in range(len(outputs))]
-
-
-def select(tracer: Tracer, node: fx.Node) -> Result:
-    label, _ = _source(tracer, node)
-    dim = _dim(argument(node, 1, "dim"), len(label))
-    return _at(label, dim, argument(node, 2, "index"))
-
-
-def _at(label: Label, dim: int, index: Any) -> Label:
-    """The label of one place of a dimension.
-
-    The tokens of one sample are not those of another: places of the first dimension of the call's data leave a mark.
-    """
-    rest = (*label[:dim], *label[dim + 1 :])
-    lead = root(label[dim]) if dim == 0 else None
-    if lead is None or lead.source != INPUT:
-        return rest
-    mark = f"@{describe(label[dim])}[{index}]"
-    return tuple(tuple(_marked(factor, mark) for factor in axis) for axis in rest)
-
-
-def _marked(factor: Factor, mark: str) -> Factor:
-    if isinstance(factor, Atom):
-        return replace(factor, name=factor.name + mark, parent=(factor,), role="strided")
-    if isinstance(factor, Cat):
-        return Cat(tuple(tuple(_marked(part, mark) for part in axis) for axis in factor.parts))
-    return replace(factor, whole=tuple(_marked(part, mark) for part in factor.whole))
-
-
-def narrow(tracer: Tracer, node: fx.Node) -> Result:
-    label, _ = _source(tracer, node)
-    dim = _dim(argument(node, 1, "dim"), len(label))
-    start = _size_argument(argument(node, 2, "start"))
-    if start is None:
-        return None
-    return _part(label, dim, start, tracer.shape(node)[dim])
-
-
-def _part(label: Label, dim: int, start: Size, size: Size) -> Label:
-    """The label of ``size`` places of a dimension."""
-    axis = cut(label[dim], start, size)
-    if axis or not label[dim]:
-        return (*label[:dim], axis, *label[dim + 1 :])
-    rest = _at(label, dim, start.expr)
-    return (*rest[:dim], (), *rest[dim:])
-
-
-def _size_argument(value: Any) -> Size | None:
-    value = fake_value(value)
-    return size_of(value) if isinstance(value, (int, torch.SymInt)) else None
-
-
-def getitem(tracer: Tracer, node: fx.Node) -> Result:
-    """An output of several, or basic indexing of a tensor."""
-    source, index = node.args
-    assert isinstance(source, fx.Node)
-    if fake_tensor(source) is None:
-        labels = tracer.outputs(source)
-        return labels[index] if labels is not None and isinstance(index, int) else None
-    return index_label(tracer, tracer.label(source), tracer.shape(source), index, tracer.shape(node), node.name)
-
-
-def index_label(
-    tracer: Tracer, label: Label, sizes: Sequence[Size], index: Any, out: Sequence[Size], name: str
-) -> Label | None:
-    """Label of ``tensor[index]`` for ints, slices, None, Ellipsis and one 1-D tensor; None for the rest."""
-    items = list(index) if isinstance(index, (tuple, list)) else [index]
-    used = sum(item is not None and item is not Ellipsis for item in items)
-    if Ellipsis not in [item if item is Ellipsis else None for item in items]:
-        items.append(Ellipsis)
-    position = [item is Ellipsis for item in items].index(True)
-    items[position : position + 1] = [slice(None)] * (len(label) - used)
-    chosen = [item for item in items if fake_tensor(item) is not None]
-    if len(chosen) > 1 or any(fake_tensor(item).ndim != 1 for item in chosen):  # type: ignore[union-attr]
-        return None
-    if chosen and any(isinstance(fake_value(item), (int, torch.SymInt)) for item in items):
-        return None  # numbers are indices too: where the chosen dimension ends up depends on their places
-    result: list[Axis] = []
-    taken: list[tuple[int, Any]] = []
-    dim = 0
-    for item in items:
-        if item is None:
-            result.append(())
-        elif isinstance(item, slice):
-            result.append(_sliced(tracer, label[dim], sizes[dim], item, out[len(result)], f"{name}.{len(result)}"))
-            dim += 1
-        elif isinstance(item, fx.Node) and fake_tensor(item) is not None:
-            result.append(_chosen(label[dim], item, out[len(result)]))
-            dim += 1
-        elif isinstance(fake_value(item), (int, torch.SymInt)) and not isinstance(item, bool):
-            taken = [*taken, (dim, item)]
-            dim += 1
-        else:
-            return None
-    if taken and taken[0][0] == 0:
-        return _at((label[0], *result), 0, taken[0][1])
-    if isinstance(items[0], slice) and label[0] and not result[0]:
-        start = _place(tracer, items[0].start, sizes[0], Size(sympy.Integer(0), 0))
-        return ((), *_at((label[0], *result[1:]), 0, start.expr if start is not None else name))
-    return tuple(result)
-
-
-def _chosen(axis: Axis, index: fx.Node, size: Size) -> Axis:
-    """The positions of ``axis`` that an index or mask tensor picks: the same ones wherever the same tensor picks."""
-    return atom(f"({describe(axis)})@{index.name}", size, parent=axis, role="chosen", origin=index.name)
-
-
-def _sliced(tracer: Tracer, axis: Axis, size: Size, item: slice, out: Size, name: str) -> Axis:
-    if item.step not in (None, 1):
-        return fresh(name, 0, out)
-    start = _place(tracer, item.start, size, Size(sympy.Integer(0), 0))
-    stop = _place(tracer, item.stop, size, size)
-    if start is None or stop is None:
-        return fresh(name, 0, out)
-    length = Size(stop.expr - start.expr, stop.hint - start.hint)
-    beyond = size.expr - stop.expr
-    if all(tracer.not_negative(expr) for expr in (start.expr, length.expr, beyond)):
-        # Nothing is clipped: a size that depends on data is this one.
-        out = tracer.learn(out, length)
-    return cut(axis, start, out)
-
-
-def _place(tracer: Tracer, value: Any, size: Size, default: Size) -> Size | None:
-    """A start or stop of a slice, counted from the front."""
-    if value is None:
-        return default
-    place = _size_argument(value)
-    if place is None:
-        return None
-    place = tracer.resolve(place)
-    return place if place.hint >= 0 else Size(size.expr + place.expr, size.hint + place.hint)
-
-
-def pad(tracer: Tracer, node: fx.Node) -> Result:
-    """Padding lies before and after an axis; what is cut off by negative padding is cut off."""
-    label, sizes = _source(tracer, node)
-    amounts = argument(node, 1, "pad")
-    if not isinstance(amounts, (tuple, list)):
-        return None
-    result = list(label)
-    for back, (before, after) in enumerate(zip(amounts[::2], amounts[1::2], strict=True), start=1):
-        dim = len(label) - back
-        ahead, behind = _size_argument(before), _size_argument(after)
-        if ahead is None or behind is None or any(a.hint <= 0 and not a.expr.is_number for a in (ahead, behind)):
-            # A symbolic amount that is 0 or less in this call may be another kind of padding in the next.
-            result[dim] = fresh(node.name, dim, tracer.shape(node)[dim])
-            continue
-        axis, size = label[dim], sizes[dim]
-        first, last = min(ahead.hint, 0), min(behind.hint, 0)
-        if first or last:
-            axis = cut(axis, _number(-first), Size(size.expr + first + last, size.hint + first + last))
-        parts = [
-            (Atom(f"{node.name}[{place}].{dim}", amount, origin=node.name, dim=dim),) if amount.hint > 0 else ()
-            for place, amount in enumerate((ahead, behind))
-        ]
-        single = (Atom(f"{node.name}.{dim}", _number(1), origin=node.name, dim=dim),)
-        result[dim] = concat([part for part in (parts[0], axis or single, parts[1]) if part])
-    return tuple(result)
-
-
-def _number(value: int) -> Size:
-    return Size(sympy.Integer(value), value)
-
-
 def linear(tracer: Tracer, node: fx.Node) -> Result:
-    label, _ = _source(tracer, node)
+    label, _ = source_of(tracer, node)
     out = tracer.shape(node)
     return (*label[:-1], fresh(node.name, len(out) - 1, out[-1]))
 
@@ -456,7 +244,7 @@ def einsum(tracer: Tracer, node: fx.Node) -> Result:
 
 
 def convolution(tracer: Tracer, node: fx.Node) -> Result:
-    label, _ = _source(tracer, node)
+    label, _ = source_of(tracer, node)
     out = tracer.shape(node)
     weight = argument(node, 1, "weight")
     spatial = len(tracer.shape(weight)) - 2
@@ -468,21 +256,21 @@ def convolution(tracer: Tracer, node: fx.Node) -> Result:
 
 def resample(tracer: Tracer, node: fx.Node) -> Result:
     """interpolate and pooling: every dimension keeps its order."""
-    label, _ = _source(tracer, node)
+    label, _ = source_of(tracer, node)
     out = tracer.shape(node)
     return tuple(strided(axis, size) for axis, size in zip(label, out, strict=True)) if len(label) == len(out) else None
 
 
 def pixel_shuffle(tracer: Tracer, node: fx.Node) -> Result:
     """[..., C, H, W] with a factor moved between the channels and the other two."""
-    label, _ = _source(tracer, node)
+    label, _ = source_of(tracer, node)
     out = tracer.shape(node)
     space = (strided(axis, size) for axis, size in zip(label[-2:], out[-2:], strict=True))
     return (*label[:-3], fresh(node.name, len(out) - 3, out[-3]), *space)
 
 
 def embedding(tracer: Tracer, node: fx.Node) -> Result:
-    label, _ = _source(tracer, node)
+    label, _ = source_of(tracer, node)
     out = tracer.shape(node)
     return (*label, fresh(node.name, len(out) - 1, out[-1]))
 
@@ -508,25 +296,16 @@ def blank(tracer: Tracer, node: fx.Node) -> Result:
     return tuple(atom(f"blank.{size}", size) for size in tracer.shape(node))
 
 
-def choose(tracer: Tracer, node: fx.Node) -> Result:
-    """index_select: one dimension by a 1-D index."""
-    label, _ = _source(tracer, node)
-    dim, index = _dim(argument(node, 1, "dim"), len(label)), argument(node, 2, "index")
-    if not isinstance(index, fx.Node):
-        return None
-    return (*label[:dim], _chosen(label[dim], index, tracer.shape(node)[dim]), *label[dim + 1 :])
-
-
 def overwrite(tracer: Tracer, node: fx.Node) -> Result:
     """index_copy, scatter: along ``dim`` the call's data in an order of its own, no longer the target's."""
-    label, _ = _source(tracer, node)
-    dim = _dim(argument(node, 1, "dim"), len(label))
+    label, _ = source_of(tracer, node)
+    dim = dim_of(argument(node, 1, "dim"), len(label))
     return (*label[:dim], fresh(node.name, dim, tracer.shape(node)[dim], INPUT), *label[dim + 1 :])
 
 
 def reduce(tracer: Tracer, node: fx.Node) -> Result:
     """sum, mean, amax ... over dims: the remaining axes keep their labels."""
-    label, _ = _source(tracer, node)
+    label, _ = source_of(tracer, node)
     value = fake_value(node)
     dims = node.kwargs.get("dim", node.args[1] if len(node.args) > 1 else None)
     if dims is None:
@@ -547,12 +326,12 @@ def attention(tracer: Tracer, node: fx.Node) -> Result:
 
 
 def complex_view(tracer: Tracer, node: fx.Node) -> Result:
-    label, _ = _source(tracer, node)
+    label, _ = source_of(tracer, node)
     return label[:-1]
 
 
 def real_view(tracer: Tracer, node: fx.Node) -> Result:
-    label, _ = _source(tracer, node)
+    label, _ = source_of(tracer, node)
     out = tracer.shape(node)
     return (*label, fresh(node.name, len(out) - 1, out[-1]))
 

@@ -23,15 +23,14 @@ from typing import Any
 import sympy
 import torch
 from torch import fx
-from torch._dynamo.resume_execution import TORCH_DYNAMO_RESUME_IN_PREFIX
-from torch._dynamo.symbolic_convert import InstructionTranslator
 
 from fpscompile.errors import GridError
 from fpscompile.ir import AttentionSite, Reason, Rejection, Segment, Size, Span
 from fpscompile.passes.axes import INPUT, Atom, Axis, Cat, Slice, axis_size, cut, describe, leaves, root, same
-from fpscompile.passes.base import GraphState, fake_tensor, shape_of, target_name, words
+from fpscompile.passes.base import GraphState, fake_tensor, shape_of, target_name
 from fpscompile.passes.canonical import COVERED, is_canonical
 from fpscompile.passes.grid_sources import grid_of, opaque, proven, rotary_table
+from fpscompile.passes.told_tokens import reordered, resumed
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 ZERO = Size(sympy.Integer(0), 0)
@@ -121,7 +120,7 @@ def classify(state: GraphState, node: fx.Node, shape: tuple[Size, Size, Size, Si
             rejection=Rejection(
                 Reason.SEGMENTS,
                 f"keys and values index different tokens ({describe(k_axis)} and {describe(v_axis)})"
-                + ("; they come from behind a graph break: " + REMEDY if _resumed() else ""),
+                + _why_apart(state, (q_axis, k_axis, v_axis)),
                 None,
                 node,
             ),
@@ -236,6 +235,17 @@ def _told(
     return _video_site(state, site, matching[0], (t, h, w), source, q_runs, k_runs)
 
 
+def _why_apart(state: GraphState, axes: tuple[Axis, ...]) -> str:
+    """What may have kept q, k and v from being known as the same tokens."""
+    if resumed():
+        return f"; they come from behind a graph break: {REMEDY}"
+    for axis in axes:
+        trail = _trail(state, axis)
+        if not _is_data(axis) and "::" in trail:
+            return f"; the trail of the tokens ends at {trail}, an op that is not known here"
+    return ""
+
+
 def _apart(state: GraphState, site: AttentionSite, q_axis: Axis, k_axis: Axis, v_axis: Axis) -> AttentionSite | None:
     """Behind a graph break, q, k and v may arrive as inputs of their own: only their length shows what they are.
 
@@ -243,7 +253,7 @@ def _apart(state: GraphState, site: AttentionSite, q_axis: Axis, k_axis: Axis, v
     """
     told = state.settings.grid or state.published_grid
     axes = (q_axis, k_axis, v_axis)
-    if told is None or told[0] < 2 or not _resumed():
+    if told is None or told[0] < 2 or not resumed():
         return None
     lone = [axis[0] for axis in axes if len(axis) == 1 and isinstance(axis[0], Atom) and axis[0].role == "root"]
     if len(lone) < 3 or any(atom.source != INPUT or atom.size.hint != lone[0].size.hint for atom in lone):
@@ -258,39 +268,6 @@ def _apart(state: GraphState, site: AttentionSite, q_axis: Axis, k_axis: Axis, v
             f"since all have the {lone[0].size.hint} tokens of the grid from {site.grid_source}",
         )
     return site if site.kind == "3d" else None
-
-
-def _resumed() -> bool:
-    """Whether Dynamo is compiling what follows a graph break."""
-    try:
-        name = InstructionTranslator.current_tx().f_code.co_name
-    except (AttributeError, AssertionError):
-        return False
-    return name.startswith(TORCH_DYNAMO_RESUME_IN_PREFIX)
-
-
-REORDERING = words(
-    "gather index_select take_along_dim take getitem flip fliplr flipud roll rot90 sort argsort topk index_copy "
-    "scatter scatter_ index_put index_put_ setitem"
-)
-
-
-def reordered(state: GraphState, run: Axis) -> fx.Node | None:
-    """The node of the graph that made a run by putting as many tokens in an order of its own, if one did."""
-    nodes = {node.name: node for graph in state.everywhere() for node in graph.graph.nodes}
-    for atom in (factor for factor in run if isinstance(factor, Atom)):
-        if atom.role == "chosen":
-            index = nodes.get(atom.origin)
-            if atom.parent is not None and same(axis_size(atom.parent), atom.size):
-                return index
-            continue
-        node = nodes.get(atom.origin)
-        if atom.role != "root" or node is None or target_name(node) not in REORDERING:
-            continue
-        sources = [source for source in node.all_input_nodes if fake_tensor(source) is not None]
-        if any(same(size, atom.size) for source in sources[:1] for size in shape_of(source)):
-            return node
-    return None
 
 
 def _rotary(

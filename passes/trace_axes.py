@@ -20,8 +20,9 @@ from torch.utils._sympy.symbol import SymT, symbol_is_type
 
 from fpscompile.ir import Size
 from fpscompile.passes.axes import INPUT, PARAMETER, Axis, Label, axis_size, fresh, information, leaves, same
-from fpscompile.passes.axis_rules import RULES, broadcast, index_label, keeps_positions
+from fpscompile.passes.axis_rules import RULES, broadcast, keeps_positions
 from fpscompile.passes.base import STAND_IN, GraphState, fake_tensor, fake_value, shape_of, size_of, target_name
+from fpscompile.passes.place_rules import index_label
 from fpscompile.passes.subgraphs import operands, results
 
 

@@ -308,6 +308,11 @@ def test_grid_reader_layouts() -> None:
     assert GridReader(hunyuan.build())((), hunyuan.inputs((3, 6, 10))) == (3, 6, 10)
     assert GridReader(nn.Identity())((), {"num_frames": 3, "height": 4, "width": 5}) == (3, 4, 5)
     assert GridReader(nn.Identity())((torch.zeros(1, 2),), {}) is None
+    original = nn.Identity()
+    original.patch_size, original.in_dim = (1, 2, 2), 16
+    latents = [torch.zeros(16, 3, 8, 10) for _ in range(2)]
+    assert GridReader(original)((latents,), {}) == (3, 4, 5)
+    assert GridReader(original)(([latents[0], latents[1][:, 1:]],), {}) is None
 
 
 def test_timestep_given_by_position(phases: list[tuple[int, ...]]) -> None:

@@ -12,6 +12,8 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -21,7 +23,7 @@ from torch import nn
 
 from fpscompile import Backend, Settings
 from fpscompile.autotune import autotune
-from fpscompile.errors import OptionError
+from fpscompile.errors import OptionError, UnsupportedError
 from fpscompile.lowerings import boxes, gather
 from fpscompile.plan import PhasePlan, Plan, resolve
 from fpscompile.reference import attention
@@ -541,3 +543,48 @@ def test_smallest_window_is_the_sparsest_that_keeps_enough() -> None:
 def test_a_fixed_tile_stays(path: Path) -> None:
     report = autotune(Model((2,)).eval(), latent(), options=OPTIONS, path=path)
     assert all("tile=" not in name for group in report.groups if group.tuned for name, _ in group.tuned.tried)
+
+
+def test_gpu_configs_are_pruned_by_the_cost_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The best by prediction stay; what must not be used goes."""
+    from fpscompile.gpu import cost_model
+    from fpscompile.gpu.config import KernelConfig, why_invalid
+
+    given = problem(quant="fp8", tile=(2, 8, 8), phases=(PhasePlan(density=1.0),))
+    given = dataclasses.replace(given, device=torch.device("cuda"), head_dim=64, value_dim=64, weights=())
+    seen = []
+
+    def rank(spec: Any, configs: Any) -> list[Any]:
+        seen.append((spec, list(configs)))
+        slowest_first = list(configs)[::-1]
+        return [SimpleNamespace(config=c, prediction=None if c.num_stages == 2 else 1.0) for c in slowest_first]
+
+    monkeypatch.setattr(cost_model, "rank", rank)
+    monkeypatch.setattr("fpscompile.lowerings.triton.target_of", lambda device: "cuda:90")
+    found = space.triton_configs(given, "quick")
+    ((spec, configs),) = seen
+    assert spec.target == "cuda:90"
+    assert found[0] == Candidate("triton"), "the lowering's own rule"
+    chosen = [candidate.plan(given.resolved.plan).config_as(KernelConfig) for candidate in found[1:]]
+    expected = [config for config in configs[::-1] if config.num_stages != 2]
+    assert chosen == expected[: space.PRUNED["quick"]]
+    assert all(config is not None and why_invalid(config, spec) is None for config in chosen)
+
+    def unknown(spec: Any, configs: Any) -> None:
+        raise UnsupportedError("the cost model knows sm_90 only")
+
+    monkeypatch.setattr(cost_model, "rank", unknown)
+    assert len(space.triton_configs(given, "quick")) == 1 + min(space.PRUNED["quick"], len(configs))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["autotune_cpu", "calibrate_cpu"])
+def test_benchmarks_run(name: str, tmp_path: Path) -> None:
+    script = Path(__file__).resolve().parents[1] / "benchmarks" / f"{name}.py"
+    result = tmp_path / "result.json"
+    command = [sys.executable, str(script), "--quick", "--json", str(result)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, f"{done.stdout}\n{done.stderr}"
+    report = json.loads(result.read_text())
+    assert report["benchmark"] == name
+    assert len(report["rows"]) == 1

@@ -15,7 +15,7 @@ from models.structured import HEADS, Structured, samples
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fpscompile import Backend, Settings
+from fpscompile import Backend, Settings, autotune
 from fpscompile.calibrate import CalibrationError, calibrate
 from fpscompile.calibration import statistics
 from fpscompile.calibration.candidates import candidates
@@ -26,6 +26,7 @@ from fpscompile.lowerings import gather
 from fpscompile.plan import PhasePlan, Plan, resolve
 from fpscompile.schedule import GRANULARITIES
 from fpscompile.tiling import TileLayout
+from fpscompile.tuning import candidates as space
 from fpscompile.tuning import read
 from fpscompile.tuning.problem import tile_of_token
 from fpscompile.tuning.store import TuningFileError
@@ -304,7 +305,8 @@ def notes_of(backend: Backend) -> dict[str, str]:
     return {note.code: note.message for note in backend.graphs[0].notes}
 
 
-def test_the_file_compiles_the_model_as_calibrated(tmp_path: Path) -> None:
+def test_the_file_compiles_the_model_as_calibrated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(space, "CPP_CHOICES", {})
     path, model, (call,) = tmp_path / "t.json", Structured().eval(), samples(1)
     report = calibrate(model, samples(8), max_error=0.05, options=OPTIONS, path=path)
     backend, actual = compiled(model, call, tuning=str(path))
@@ -317,6 +319,9 @@ def test_the_file_compiles_the_model_as_calibrated(tmp_path: Path) -> None:
     error = float((actual - expected).norm() / expected.norm())
     assert 0 < error < 0.05
     again = json.loads(path.read_text())["calibrations"][report.key]["options"]
+    tuned = autotune(model, **call, options={"tuning": str(path), "quant": "none"}, path=tmp_path / "kernels.json")
+    densities = {group.signature.density for group in tuned.groups}
+    assert densities == {tuple(round(d, 4) for d in sites[made.name].density) for made in report.sites}
     other, same = compiled(model, call, **{name: value for name, value in again.items() if name != "schedule"})
     assert torch.allclose(same, actual, atol=1e-6), "its options alone do the same"
     assert "calibrated" not in notes_of(other)
@@ -341,8 +346,8 @@ def test_another_model_grid_or_wish_is_named_and_ignored(tmp_path: Path) -> None
         assert "calibrated" not in notes_of(backend)
         assert words in notes_of(backend)["calibration-ignored"]
         assert str(path) in notes_of(backend)["calibration-ignored"]
-    backend, _ = compiled(Structured().eval(), call, tuning=str(path), autotune="off")
-    assert not {"calibrated", "calibration-ignored"} & set(notes_of(backend))
+    backend, _ = compiled(Structured().eval(), call)
+    assert not {"calibrated", "calibration-ignored"} & set(notes_of(backend)), "only where the file is named"
 
 
 class Scheduler:

@@ -9,7 +9,9 @@ from typing import Any
 import pytest
 import torch
 from models.oracle import window_mask
+from models.toys import HEADS, SPARSE, D, heads, latent
 from models.zoo import output, wan, wan_inputs
+from torch import nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
@@ -275,6 +277,60 @@ def test_blocks_of_another_model_and_detached_blocks() -> None:
         with pytest.raises(OptionError, match="belongs to no attached model"):
             output(first, **inputs)
     assert len(fps.graphs) == 1
+
+
+def test_a_loop_over_blocks_that_breaks() -> None:
+    """Dynamo then compiles each block alone; with an attachment they know their layer all the same."""
+    model, eager, fps = wan(layers=3), wan(layers=3), Backend(Settings.from_options(OPTIONS))
+    model.blocks[1].register_forward_pre_hook(lambda *_: torch._dynamo.graph_break())  # type: ignore[union-attr, operator]
+    inputs = wan_inputs(GRID)
+    with torch.no_grad(), fpscompile.attach(model) as attachment:
+        attachment.step(9, 10)
+        with LayeredAttention(masks(late=True)):
+            expected = output(eager, **inputs)
+        assert relative(output(torch.compile(model, backend=fps), **inputs), expected) <= 1e-5
+    assert len(fps.graphs) > 1
+
+
+class Block(nn.Module):
+    """Attention of a small latent over itself."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.qkv = nn.ModuleList(nn.Conv3d(HEADS * D, HEADS * D, 1) for _ in range(3))
+
+    def forward(self, video: torch.Tensor) -> torch.Tensor:
+        out = F.scaled_dot_product_attention(*(heads(project(video)) for project in self.qkv))
+        return video + out.transpose(1, 2).flatten(2).transpose(1, 2).unflatten(2, video.shape[2:])
+
+
+class Broken(nn.Module):
+    """Two blocks and a graph break between them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList([Block(), Block()])
+
+    def forward(self, video: torch.Tensor) -> torch.Tensor:
+        video = self.blocks[0](video)
+        torch._dynamo.graph_break()
+        return self.blocks[1](video)
+
+
+def test_pieces_of_a_model_say_what_they_did_not_meet() -> None:
+    options = SPARSE | {"layers": {"1": "dense", "blocks.7": "dense"}}
+    fps = Backend(Settings.from_options(options))
+    with torch.no_grad():
+        torch.compile(Broken(), backend=fps)(latent())
+    found = [
+        ([site.module for site in graph.sites], [n.message for n in graph.notes if n.code == "layers-elsewhere"])
+        for graph in fps.graphs
+    ]
+    assert [modules for modules, _ in found] == [["blocks.0"], ["blocks.1"]]
+    assert "'1', 'blocks.7' name nothing in this part" in found[0][1][0]
+    assert "layers 'blocks.7' name nothing" in found[1][1][0]
+    assert [graph.sites[0].density for graph in fps.graphs][1] == (1.0,)
+    assert fps.graphs[0].sites[0].density[0] < 0.5
 
 
 @pytest.mark.parametrize("how", ["explain", "blocks"])

@@ -7,11 +7,12 @@ import dataclasses
 import pytest
 import torch
 
-from fpscompile.errors import GridError, OptionError, WindowError
+from fpscompile.errors import GridError, OptionError, UnsupportedError, WindowError
 from fpscompile.kernel_spec import KernelSpec, tile_slots
 from fpscompile.masks import window_mask
 from fpscompile.plan import PhasePlan, Plan, resolve
 from fpscompile.schedule import Phase, Schedule
+from fpscompile.windows import FirstFrame, Heads, Pattern, Radial, Sliding, SpatialBand, TopK, is_dynamic
 
 PLAN = Plan(
     tile=(2, 3, 4),
@@ -51,6 +52,42 @@ def test_every_field_changes_the_text(change: dict) -> None:
     other = dataclasses.replace(PLAN, **change)
     assert other.to_json() != PLAN.to_json()
     assert Plan.from_json(other.to_json()) == other
+
+
+@pytest.mark.parametrize(
+    "window",
+    [
+        Radial((2, 3), 0.7),
+        FirstFrame() | TopK(0.1),
+        Heads({"0": "dense", "1-3": SpatialBand(2)}, TopK(tiles=3)),  # type: ignore[arg-type]
+        Sliding(density=0.3),
+    ],
+)
+def test_plans_carry_every_window(window: Pattern) -> None:
+    plan = dataclasses.replace(PLAN, phases=(PhasePlan(window), PhasePlan(window=(1, 1, 1))))
+    assert Plan.from_json(plan.to_json()) == plan
+    assert plan.to_json() != PLAN.to_json()
+    resolved = resolve(plan, (6, 6, 8), 288, 288, heads=4)
+    assert resolved.dynamic == is_dynamic(window)
+    assert resolved.product == isinstance(window, Sliding)
+    assert resolve(plan, (6, 6, 8), 288, 288, heads=4) is resolved
+    if not resolved.product:
+        with pytest.raises(UnsupportedError, match="use lowering='gather'"):
+            resolved.product_window(0)
+    assert resolved.product_window(1) == (1, 1, 1)
+    if resolved.dynamic:
+        with pytest.raises(UnsupportedError, match="chosen by content"):
+            _ = resolved.block_mask
+    swapped = resolved.of_batch((1, 0, 1))
+    assert swapped.windows == ((1, 1, 1), resolved.windows[0], (1, 1, 1))
+    assert len(swapped.plan.phases) == 3
+
+
+def test_heads_matter_only_to_windows_that_differ_by_head() -> None:
+    plan = Plan((2, 2, 2), (PhasePlan(Radial()),))
+    assert resolve(plan, (4, 4, 4), 64, 64, heads=3) is resolve(plan, (4, 4, 4), 64, 64, heads=5)
+    alike = Plan((2, 2, 2), (PhasePlan(Heads({"0": "spatial"}, SpatialBand())),))  # type: ignore[arg-type]
+    assert resolve(alike, (4, 4, 4), 64, 64, heads=3).windows == ((1, 2, 2),)
 
 
 def test_plan_of_schedule() -> None:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 
 from fpscompile.errors import OptionError, ScheduleError
 from fpscompile.schedule import GRANULARITIES, PRESETS, Phase, Schedule
+from fpscompile.windows import FirstFrame, Radial, TopK
 
 
 def ranges(*bounds: tuple[float, float]) -> tuple[Phase, ...]:
@@ -50,6 +53,9 @@ def test_bad_range(start: float, end: float) -> None:
         ({"density": True}, "density=True"),
         ({"density": "half"}, "density='half'"),
         ({"density": 0.5, "granularity": "token"}, "granularity 'token' is unknown"),
+        ({"window": "topk"}, "window='topk' needs a density"),
+        ({"window": {"family": "topk", "tiles": 3}, "density": 0.5}, "exactly one of window and density"),
+        ({"window": "radial", "density": 0.5}, "exactly one of window and density"),
     ],
 )
 def test_bad_phase(kwargs: dict, message: str) -> None:
@@ -112,6 +118,16 @@ def test_presets_keep_their_orders() -> None:
     mean = sum(phase.density * (phase.end - phase.start) for phase in PRESETS["paper"].phases)  # type: ignore[operator]
     assert mean == pytest.approx(0.2)
     assert PRESETS["training_free"].phases[0].density == 1.0
+
+
+def test_windows_of_other_families() -> None:
+    assert Phase(0.0, 1.0, window="radial").window == Radial()
+    assert Phase(0.0, 1.0, window={"family": "sliding", "size": [1, 2, 3]}).window == (1, 2, 3)  # type: ignore[arg-type]
+    both = Phase(0.0, 1.0, window={"family": "union", "of": ["sink", "topk"]}, density=0.25)  # type: ignore[arg-type]
+    assert both.window == FirstFrame() | TopK(0.25)
+    assert both.density is None
+    for phase in (both, Phase(0.0, 1.0, window=(1, 2, 3), granularity="head"), Phase(0.0, 1.0, density=0.5)):
+        assert Phase(**json.loads(json.dumps(phase.to_data()))) == phase
 
 
 def test_constant() -> None:

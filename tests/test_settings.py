@@ -47,7 +47,7 @@ def test_every_option_is_a_documented_field() -> None:
         ({"schedule": "papr"}, "presets are"),
         ({"schedule": 7}, "a schedule is"),
         ({"schedule": [{"start": 0.0, "stop": 1.0}]}, "is not a Phase"),
-        ({"quant": "int4"}, "'auto', 'fp8', 'none'"),
+        ({"quant": "int4"}, "'auto', 'fp8', 'int8', 'none'"),
         ({"granularity": "pixel"}, "granularity"),
         ({"lowering": "magic"}, "'boxes'"),
         ({"inner": 3}, "backend name or a callable"),

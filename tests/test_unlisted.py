@@ -319,6 +319,36 @@ def test_ops_that_hide_attention_are_named(library: Any) -> None:
     assert "scaled_dot_product_attention" in note.message
 
 
+def test_other_fused_ops_are_not_taken_for_attention() -> None:
+    """A modulation of tokens by shift and scale, and a rotation by a table."""
+    with torch.library._scoped_library("unlisted", "FRAGMENT") as lib:
+        lib.define("modulate(Tensor x, Tensor scale, Tensor shift) -> Tensor")
+        lib.define("rotate(Tensor q, Tensor k, Tensor table) -> (Tensor, Tensor)")
+        lib.impl("modulate", lambda x, scale, shift: x * scale + shift, "CompositeExplicitAutograd")
+        lib.impl("rotate", lambda q, k, table: (q * table, k * table), "CompositeExplicitAutograd")
+        lib.impl("modulate", lambda x, scale, shift: torch.empty_like(x), "Meta")
+        lib.impl("rotate", lambda q, k, table: (torch.empty_like(q), torch.empty_like(k)), "Meta")
+
+        class Fused(Plain):
+            def attend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+                q, k = torch.ops.unlisted.rotate(
+                    q, k, torch.linspace(0, 1, 60)[None, None, :, None].expand(1, 1, 60, D)
+                )
+                return super().attend(q, k, v)
+
+            def tokens(self, x: torch.Tensor) -> torch.Tensor:
+                y = super().tokens(x)
+                return torch.ops.unlisted.modulate(y, y.mean(1, keepdim=True), y.amax(1, keepdim=True))
+
+        fps = Backend(Settings.from_options(OPTIONS))
+        with torch.no_grad():
+            torch.compile(Fused().eval(), backend=fps)(video())
+    assert not fps.graphs[0].notes
+    (site,) = fps.graphs[0].sites
+    assert (site.rewritten, site.reason_code) == (False, "segments")
+    assert "unlisted::modulate" in str(site.reason)  # the first op at which a trail ends
+
+
 def test_the_fast_path_of_an_encoder_layer_is_named_with_the_switch() -> None:
     class Encoder(Plain):
         def __init__(self) -> None:

@@ -249,13 +249,44 @@ class WholeNumbers(nn.Module):
         return nn.functional.linear(x, self.weight.to(x.dtype) * self.scale, self.bias)
 
 
+class QuantizedTensor(torch.Tensor):
+    """int8 numbers and a scale per row that pass for a float weight, as torchao's tensor subclasses do."""
+
+    @staticmethod
+    def __new__(cls, numbers: torch.Tensor, scale: torch.Tensor) -> QuantizedTensor:
+        kept = torch.Tensor._make_wrapper_subclass(cls, numbers.shape, dtype=scale.dtype, device=numbers.device)
+        kept.numbers, kept.scale = numbers, scale
+        return kept
+
+    def __tensor_flatten__(self) -> tuple[list[str], None]:
+        return ["numbers", "scale"], None
+
+    @staticmethod
+    def __tensor_unflatten__(inner: dict[str, torch.Tensor], meta: None, size: Any, stride: Any) -> QuantizedTensor:
+        return QuantizedTensor(inner["numbers"], inner["scale"])
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.aten.detach.default:
+            return QuantizedTensor(args[0].numbers, args[0].scale)
+        plain = torch.utils._pytree.tree_map_only(QuantizedTensor, lambda x: x.numbers * x.scale, args)
+        return func(*plain, **(kwargs or {}))
+
+
+def quantized(base: nn.Linear) -> nn.Linear:
+    whole = WholeNumbers(base)
+    base.weight = nn.Parameter(QuantizedTensor(whole.weight, whole.scale), requires_grad=False)
+    return base
+
+
+@pytest.mark.parametrize("kind", [WholeNumbers, quantized])
 @pytest.mark.parametrize("how", BOTH)
-def test_quantized_weights(how: str) -> None:
+def test_quantized_weights(how: str, kind: Any) -> None:
     models = [wan(layers=1) for _ in range(2)]
     for model in models:
         for block in model.blocks:
             for name in ("to_q", "to_k", "to_v"):
-                setattr(block.attn1, name, WholeNumbers(getattr(block.attn1, name)))
+                setattr(block.attn1, name, kind(getattr(block.attn1, name)))
     fps = backend()
     compiled = compile_model(models[1], how, fps)
     with torch.no_grad(), fpscompile.attach(compiled):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Hashable, Mapping
+from collections.abc import Hashable, Mapping, Sequence
 
 import torch
 
@@ -105,7 +105,7 @@ def _site(
     predicted = relative_error(errors)
     made = SiteCalibration(
         site.name, site.heads, site.head_dim, tuple(windows), tuple(granularities), tuple(densities), predicted,
-        _uniform(site, levels, max(predicted, report.max_error or 0.0)), _flops(site),
+        _uniform(site, levels, max(predicted, report.max_error or 0.0), report.weights), _flops(site),
     )  # fmt: skip
     if unseen:
         ranges = ", ".join(f"{report.ranges[phase][0]:g}-{report.ranges[phase][1]:g}" for phase in unseen)
@@ -115,13 +115,18 @@ def _site(
     return made
 
 
-def _uniform(site: SiteStatistics, levels: Mapping[tuple[str, int], int], budget: float) -> float:
-    """Density of the sparsest candidate that, for all heads and phases alike, keeps the site within an error."""
+def _uniform(
+    site: SiteStatistics, levels: Mapping[tuple[str, int], int], budget: float, weights: Sequence[float]
+) -> float:
+    """Mean density of the sparsest candidate that keeps the site within an error, for all heads and phases alike; where
+    no sample came, it is dense as well."""
+    dense = site.candidates.densities[-1]
+    seen = sum(weights[phase] for phase in site.phases())
     for index, density in enumerate(site.candidates.densities):
         errors = [call.error[:, index, levels[site.name, call.phase]].sum() for call in site.calls]
         if relative_error(errors) <= budget * (1 + 1e-9):
-            return density
-    return site.candidates.densities[-1]
+            return seen * density + (1 - seen) * dense
+    return dense
 
 
 def _why_dense(site: SiteStatistics, levels: Mapping[tuple[str, int], int], max_error: float | None) -> str:

@@ -80,6 +80,7 @@ def observed(pipe_or_model: Any, settings: Settings, look: Look) -> Iterator[Run
         inner_options=(),
         strict=False,
         autotune="off",
+        tuning=None,
         quant="none" if settings.quant == "auto" else settings.quant,
     )
     backend = Backend(plain)

@@ -34,7 +34,7 @@ class SiteCalibration:
     predicted: float
     """Relative L2 error of the site's output: mean over the fitting calls."""
     uniform_density: float
-    """Of the sparsest single window, for all heads and phases, whose error is not above ``max(predicted, budget)``."""
+    """Of the sparsest single window for all heads and phases that keeps the site within the same error."""
     flops: float
     """Of one dense forward."""
     measured: float | None = None

@@ -102,70 +102,85 @@ def observe(
     error = torch.zeros(site.heads, count, len(site.granularities), dtype=torch.float64)
     recall = torch.zeros(site.heads, count, dtype=torch.float64)
     norm, rows_seen = 0.0, 0
-    bias = _bias(key_mask, q)
-    exact = (q.float(), k.float(), v.float())
+    bias = _slot_bias(key_mask, q, site.k_layout)
+    exact = _Operands.of(q, k, v, site.k_layout)
     versions = [exact] if site.quant != "fp8" else [_rounded(q, k, v, site, name) for name in site.granularities]
-    for heads, tile, rows in _pieces(site, rows_per_tile, v.shape[-1]):
-        keep = site.candidates.masks[:, tile].to(q.device, torch.float32)
-        reference: torch.Tensor | None = None
-        if site.quant == "fp8":
-            mass, partial = _sums(*exact, bias, heads, rows, group, scale, site.k_layout, False)
-            reference = partial.sum(1) / _safe(mass.sum(1))[..., None]
-        for index, (a, b, c) in enumerate(versions):
-            mass, partial = _sums(a, b, c, bias, heads, rows, group, scale, site.k_layout, site.quant == "fp8")
-            if reference is None:
-                reference = partial.sum(1) / _safe(mass.sum(1))[..., None]
-            kept = torch.einsum("ck,hkr->hcr", keep, mass)
-            out = torch.einsum("ck,hkx->hcx", keep, partial.flatten(2)).unflatten(2, partial.shape[2:])
-            out = out / _safe(kept)[..., None]
-            error[heads, :, index] += (out - reference[:, None]).double().square().sum((2, 3)).cpu()
-            if index == 0:
-                recall[heads] += (kept / _safe(mass.sum(1))[:, None]).double().sum(2).cpu()
-        norm += float(reference.double().square().sum()) if reference is not None else 0.0
-        rows_seen += len(rows) if heads.start == 0 else 0
+    for heads, tiles, rows in _pieces(site, rows_per_tile, v.shape[-1]):
+        shape = rows.shape  # query tiles, rows of each
+        keep = site.candidates.masks[:, tiles].transpose(0, 1).to(q.device, torch.float32)  # [tiles, C, k_tiles]
+        sums = exact.sums(bias, heads, rows.flatten(), group, scale, False)
+        total = sums[0].sum(1)  # [h, tiles * rows]
+        reference = (sums[1].sum(1) / _safe(total)[..., None]).unflatten(1, shape).transpose(0, 1)
+        norm += float(reference.double().square().sum())
+        for level, operands in enumerate(versions):
+            if operands is not exact:
+                sums = operands.sums(bias, heads, rows.flatten(), group, scale, True)
+            kept, out = (keep @ _by_tile(x, shape) for x in sums)
+            kept = kept.view(shape[0], count, -1, shape[1])  # [tiles, C, h, rows]
+            out = out.view(*kept.shape, -1) / _safe(kept)[..., None]
+            error[heads, :, level] += (out - reference[:, None]).square().sum((3, 4)).double().sum(0).T.cpu()
+            if level == 0:
+                share = kept / _safe(sums[0].sum(1)).unflatten(1, shape).transpose(0, 1)[:, None]
+                recall[heads] += share.double().sum((0, 3)).T.cpu()
+        rows_seen += rows.numel() if heads.start == 0 else 0
     return CallStatistics(phase, error / max(norm, 1e-300), recall / max(rows_seen, 1))
 
 
-def _pieces(site: SiteStatistics, rows_per_tile: int, width: int) -> Iterator[tuple[slice, int, torch.Tensor]]:
-    """(heads, query tile, its rows): the work in pieces of bounded memory."""
-    order = site.q_layout.order()
-    tiles = order.split(site.q_layout.sizes().tolist())
+def _by_tile(x: torch.Tensor, shape: torch.Size) -> torch.Tensor:
+    """[h, k_tiles, tiles * rows, ...] -> [tiles, k_tiles, h * rows * ...]."""
+    split = x.unflatten(2, shape)
+    return split.permute(2, 1, 0, *range(3, split.dim())).flatten(2)
+
+
+def _pieces(site: SiteStatistics, rows_per_tile: int, width: int) -> Iterator[tuple[slice, list[int], torch.Tensor]]:
+    """(heads, query tiles, int64 [tiles, rows] their tokens): the work in pieces of bounded memory."""
+    tiles = site.q_layout.order().split(site.q_layout.sizes().tolist())
     slots = int(site.k_layout.sizes().max())
-    # Scores, then partial outputs, of one row and one head.
-    per_row = 4 * site.k_layout.n_tiles * max(slots, width, 1) * 2
+    per_row = 8 * max(site.k_layout.n_tiles * max(slots, width), len(site.candidates.windows) * width)
+    by_length: dict[int, list[int]] = {}
     for index, tokens in enumerate(tiles):
-        if len(tokens) > rows_per_tile:
-            tokens = tokens[(torch.arange(rows_per_tile) * len(tokens)) // rows_per_tile]
-        step = max(1, CHUNK_BYTES // (per_row * len(tokens)))
-        for start in range(0, site.heads, step):
-            yield slice(start, min(start + step, site.heads)), index, tokens
+        by_length.setdefault(min(len(tokens), rows_per_tile), []).append(index)
+    for length, members in by_length.items():
+        step = max(1, CHUNK_BYTES // (per_row * length))  # heads times tiles
+        at_once = max(1, step // site.heads)
+        for first in range(0, len(members), at_once):
+            part = members[first : first + at_once]
+            rows = torch.stack([tiles[i][(torch.arange(length) * len(tiles[i])) // length] for i in part])
+            for start in range(0, site.heads, step):
+                yield slice(start, min(start + step, site.heads)), part, rows
 
 
-def _sums(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    bias: torch.Tensor | None,
-    heads: slice,
-    rows: torch.Tensor,
-    group: int,
-    scale: float,
-    layout: TileLayout,
-    round_p: bool,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """(mass [h, k_tiles, rows], partial outputs [h, k_tiles, rows, Dv]) of some heads and rows."""
-    place, empty = _places(layout)
-    place, empty = place.to(q.device), empty.to(q.device)
-    key_heads = torch.arange(heads.start, heads.stop, device=q.device) // group
-    keys, values = (x[key_heads][:, place] for x in (k, v))  # [h, k_tiles * slots, D]
-    scores = q[heads][:, rows.to(q.device)] @ keys.mT * scale
-    if bias is not None:
-        scores = scores + bias[heads if len(bias) > 1 else slice(None)][..., place]
-    scores = scores.masked_fill(empty, -torch.inf)
-    p = torch.exp(scores - scores.amax(-1, keepdim=True).nan_to_num(neginf=0.0))
-    tiles = p.unflatten(2, (layout.n_tiles, -1)).transpose(1, 2)  # [h, k_tiles, rows, slots]
-    weights = round_e4m3(tiles * P_SCALE) / P_SCALE if round_p else tiles
-    return tiles.sum(-1), weights @ values.unflatten(1, (layout.n_tiles, -1))
+@dataclass(frozen=True, eq=False)
+class _Operands:
+    """Q, and K and V laid out in tile slots."""
+
+    q: torch.Tensor
+    """float32 [H, Lq, D]."""
+    keys: torch.Tensor
+    """float32 [Hk, k_tiles * slots, D]."""
+    values: torch.Tensor
+    layout: TileLayout
+
+    @classmethod
+    def of(cls, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layout: TileLayout) -> _Operands:
+        place = _places(layout)[0].to(q.device)
+        return cls(q.float(), k.float()[:, place], v.float()[:, place], layout)
+
+    def sums(
+        self, bias: torch.Tensor, heads: slice, rows: torch.Tensor, group: int, scale: float, round_p: bool
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """(mass [h, k_tiles, rows], partial outputs [h, k_tiles, rows, Dv]) of some heads and rows."""
+        if group == 1:
+            keys, values = self.keys[heads], self.values[heads]
+        else:
+            key_heads = torch.arange(heads.start, heads.stop, device=self.q.device) // group
+            keys, values = self.keys[key_heads], self.values[key_heads]
+        scores = self.q[heads][:, rows.to(self.q.device)] @ keys.mT * scale
+        scores += bias[heads] if len(bias) > 1 else bias
+        p = torch.exp(scores - scores.amax(-1, keepdim=True).nan_to_num(neginf=0.0))
+        tiles = p.unflatten(2, (self.layout.n_tiles, -1)).transpose(1, 2)  # [h, k_tiles, rows, slots]
+        weights = round_e4m3(tiles * P_SCALE) / P_SCALE if round_p else tiles
+        return tiles.sum(-1), weights @ values.unflatten(1, (self.layout.n_tiles, -1))
 
 
 @functools.lru_cache(maxsize=32)
@@ -175,21 +190,22 @@ def _places(layout: TileLayout) -> tuple[torch.Tensor, torch.Tensor]:
     return slots.clamp(min=0), slots < 0
 
 
-def _rounded(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, site: SiteStatistics, granularity: str
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def _rounded(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, site: SiteStatistics, granularity: str) -> _Operands:
     """Operands after FP8, at one granularity. K's mean stays subtracted: softmax does not see it."""
     fp8 = quantize_attention(q[None], k[None], v[None], site.q_layout, site.k_layout, granularity)
-    return fp8.q.dequantize(torch.float32)[0], fp8.k.dequantize(torch.float32)[0], fp8.v.dequantize(torch.float32)[0]
+    q_hat, k_hat, v_hat = (x.dequantize(torch.float32)[0] for x in (fp8.q, fp8.k, fp8.v))
+    return _Operands.of(q_hat, k_hat, v_hat, site.k_layout)
 
 
-def _bias(key_mask: torch.Tensor | None, q: torch.Tensor) -> torch.Tensor | None:
-    """[1 | H, 1, Lk] to be added to the scores."""
+def _slot_bias(key_mask: torch.Tensor | None, q: torch.Tensor, layout: TileLayout) -> torch.Tensor:
+    """[1 | H, 1, k_tiles * slots] to be added to the scores: the key mask, and -inf in empty slots."""
+    place, empty = (x.to(q.device) for x in _places(layout))
+    hidden = torch.zeros(1, 1, len(place), device=q.device).masked_fill(empty, -torch.inf)
     if key_mask is None:
-        return None
+        return hidden
     if key_mask.dtype == torch.bool:
-        return torch.zeros(key_mask.shape, device=q.device).masked_fill(~key_mask, -torch.inf)
-    return key_mask.float()
+        return hidden.masked_fill(~key_mask[..., place], -torch.inf)
+    return hidden + key_mask.float()[..., place]
 
 
 def _safe(total: torch.Tensor) -> torch.Tensor:

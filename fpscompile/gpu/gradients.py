@@ -73,7 +73,8 @@ _FITTING = {
     ("mma", "fp8"): ((128, 32, 8, 2, 128, 32, 8, 2), (64, 32, 8, 2, 64, 64, 8, 2), (64, 16, 8, 2, 32, 32, 8, 2)),
     ("mfma", "none"): ((128, 64, 8, 2, 64, 32, 4, 2), (64, 32, 4, 2, 32, 32, 4, 2), (32, 16, 4, 2, 32, 16, 4, 2)),
     ("mfma", "fp8"): ((128, 32, 8, 2, 128, 32, 8, 2), (64, 32, 4, 2, 32, 32, 4, 2), (32, 16, 4, 2, 32, 16, 4, 2)),
-    ("fma", "none"): ((64, 32, 8, 2, 64, 32, 8, 2), (32, 32, 4, 2, 16, 32, 8, 2), (16, 16, 4, 2, 16, 16, 8, 2)),
+    ("fma", "none"): ((64, 32, 8, 2, 64, 32, 8, 2), (32, 32, 8, 2, 16, 32, 8, 2), (16, 16, 4, 2, 16, 16, 8, 2)),
+    ("hip fma", "none"): ((64, 32, 8, 2, 32, 32, 4, 2), (32, 32, 4, 2, 16, 16, 4, 2), (16, 16, 4, 2, 16, 16, 4, 2)),
 }
 
 _CROWDED = {
@@ -87,7 +88,7 @@ _CROWDED = {
 def default_config(spec: KernelSpec) -> GradientConfig:
     """The config where nothing has been tuned."""
     if spec.quant == "none" and spec.dtype == "float32":
-        unit = "fma"  # tensor cores would drop digits
+        unit = "hip fma" if spec.target.startswith("hip:") else "fma"  # tensor cores would drop digits
     elif spec.target == "cuda:90":
         unit = "wgmma"  # multiplies straight from shared memory, and accumulates in registers
     elif spec.target in ("cuda:100", "cuda:103"):

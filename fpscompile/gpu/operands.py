@@ -160,13 +160,14 @@ def _tokens(
     batch, heads, length, dim = x.shape
     slots = int(module.S.value)
     tiles = token.numel() // slots
+    num_warps = 8 if int(module.ROWS.value) * dp >= render.HELD else 4
     per_sample = batch // phase.numel()
     reduced = None
     if any(name in ("head", "tensor") for name in granularities):
         maxima = torch.empty(batch, heads, tiles, device=x.device)
         module.tile_maxima[(tiles, heads, batch)](
             x, mean, token, visible, maxima, *x.stride(), heads, length, dim, tiles,
-            HAS_MEAN=mean is not None, HAS_VISIBLE=visible is not None, DP=dp,
+            HAS_MEAN=mean is not None, HAS_VISIBLE=visible is not None, DP=dp, num_warps=num_warps,
         )  # fmt: skip
         reduced = maxima.amax(2)
         if "tensor" in granularities:
@@ -182,7 +183,7 @@ def _tokens(
         heads, length, dim, tiles, len(granularities), per_sample, scale,
         HAS_MEAN=mean is not None, HAS_SHIFT=shift_mean is not None, HAS_VISIBLE=visible is not None,
         HAS_REDUCED=reduced is not None, GQA=spec.gqa_group, DP=dp,
-        num_warps=8 if int(module.ROWS.value) * dp >= render.HELD else 4,
+        num_warps=num_warps,
     )  # fmt: skip
     return x8, scales, shift
 

@@ -160,7 +160,8 @@ def backward(
     """Gradients of q, k and v; see :mod:`fpscompile.gpu.gradients`.
 
     With ``quant="fp8"`` on a GPU they come from :mod:`fpscompile.lowerings.gather`, which waits for the phase and is
-    far slower: the FP8 kernels are right in the interpreter, but were not seen right on a GPU in every shape.
+    far slower: the FP8 kernels are right in the interpreter, but ptxas was seen to damage one of them on sm_90 (see
+    :mod:`fpscompile.gpu.descriptors`), and not every shape was seen right on a GPU since.
     """
     from fpscompile.gpu import gradients
 

@@ -121,7 +121,7 @@ def _fits(tuned: Tuned, plan: Plan, settings: Settings) -> bool:
 def calibrated(state: GraphState) -> Settings:
     """The settings in force: with the calibration of ``options["tuning"]`` that is for this model and grid, if any."""
     settings = state.settings
-    if settings.tuning is None or settings.autotune == "off":
+    if settings.tuning is None:
         return settings
     loaded = store.read(tuning_path(settings.tuning))
     if not loaded.contents.calibrations:

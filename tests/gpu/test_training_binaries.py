@@ -45,7 +45,6 @@ def reports_of(spec: KernelSpec) -> dict[str, binary.BinaryReport]:
 def check_resources(spec: KernelSpec) -> dict[str, binary.BinaryReport]:
     reports = reports_of(spec)
     for name, report in reports.items():
-        assert report.unfollowed == 0 or spec.head_dim > 128, name
         assert report.spill_bytes == 0, name
         assert report.stack_bytes == 0, name
         assert report.shared_bytes <= shared_limit(spec.target), name

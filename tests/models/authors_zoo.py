@@ -60,7 +60,6 @@ def build(entry: Author) -> nn.Module:
     return entry.build().eval()
 
 
-GRAPHS_EACH = 7
 VIDEO, WITH_TEXT, PADDED = ("video",), ("video", "text"), ("video", "text", "valid")
 P = functools.partial
 
@@ -79,12 +78,8 @@ AUTHORS: dict[str, Author] = {
     "wan-listed-attached": Author(
         P(authors.Wan, "sdpa", listed=True), WITH_TEXT, (THREE, CROSS), attach=True, graphs=3
     ),
-    "wan-each": Author(
-        P(authors.Wan, "sdpa", each=True), WITH_TEXT, (("other", "segments"), CROSS), graphs=GRAPHS_EACH
-    ),
-    "wan-each-attached": Author(
-        P(authors.Wan, "sdpa", each=True), WITH_TEXT, (THREE, CROSS), attach=True, graphs=GRAPHS_EACH
-    ),
+    "wan-each": Author(P(authors.Wan, "sdpa", each=True), WITH_TEXT, (("other", "segments"), CROSS), graphs=5),
+    "wan-each-attached": Author(P(authors.Wan, "sdpa", each=True), WITH_TEXT, (THREE, CROSS), attach=True, graphs=5),
     **{
         f"block-{spelling}": Author(P(authors_layouts.Block, spelling), VIDEO, (THREE,))
         for spelling in ("flash", "packed", "xformers", "flex", "math", "folded")

@@ -203,8 +203,9 @@ ENTRIES: dict[str, Entry] = {
         "wan",
         animate2,
         animate2_inputs,
-        (Expect(1, "other", "segments", None, repeats=2), *kinds(cross=1, repeats=2)),
+        (Expect(1, source="attach", repeats=2), *kinds(cross=1, repeats=2)),
         graphs=10,
+        attach=True,
         note="rotary tables are built from `.tolist()`: every attention call is a graph of its own",
     ),
     "skyreels-v2": Entry(

@@ -280,3 +280,23 @@ def test_masks_with_gradients() -> None:
     assert site.reason_code == "mask"
     (site,) = explain(biased, latent(), torch.zeros(1, 1, 1, 60))
     assert site.rewritten
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+@pytest.mark.parametrize(("size", "batch", "channels"), [(4, 1, 64), (4, 64, 16), (2, 2, 8), (3, 3, 27)])
+def test_sizes_that_meet_by_chance(size: int, batch: int, channels: int, dynamic: bool) -> None:
+    """t = h = w, as many tokens as features, as samples: equal numbers prove nothing, and disturb nothing."""
+
+    def attention(video: torch.Tensor) -> torch.Tensor:
+        x = tokens_of(video)[:, :, None].transpose(1, 2)
+        return F.scaled_dot_product_attention(x, x * 2, x + 1)
+
+    def transposed(video: torch.Tensor) -> torch.Tensor:
+        x = tokens_of(video)[:, :, None].transpose(1, 2).transpose(2, 3)
+        return F.scaled_dot_product_attention(x, x * 2, x + 1)
+
+    video = torch.randn(batch, channels, size, size, size)
+    (site,) = explain(attention, video, dynamic=dynamic)
+    assert (site.grid, site.rewritten) == ((size,) * 3, True)
+    (site,) = explain(transposed, video, dynamic=dynamic)
+    assert not site.rewritten
