@@ -49,8 +49,8 @@ AUTHORS_TITLE = """
 ## As their authors write them
 
 Re-creations of original code and of ways to write attention: flash-attn and xformers ops, `flex_attention`, einsum,
-batched products, `nn.MultiheadAttention`, slices, other token orders. `listed` stands for rotary code that calls
-`.tolist()` on a tensor of sizes, which breaks the graph.
+batched products, `nn.MultiheadAttention`, slices, other token orders. `listed` and `each` stand for rotary code that
+calls `.tolist()` on a tensor of sizes, once for a block or for q and for k, which breaks the graph.
 
 """
 REASONS = """

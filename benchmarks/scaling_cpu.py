@@ -1,7 +1,7 @@
 """How the generated CPU kernel scales: time per kept pair, memory beyond inputs and outputs, ragged grids.
 
 Three tables. *length*: from 4k to 64k tokens at a fixed number of key tiles per query, time per kept query-key pair.
-*memory*: the peak that a first call adds to the process, against what the kernel says it needs: one packed copy of K and
+*memory*: the peak that a call adds to the process, against what the kernel says it needs: one packed copy of K and
 V, the log-sum-exp and one scratch area per thread. *grids*: models' own grids, which no tile divides, against
 neighbours that it does divide, measured in turns: time per kept pair again.
 

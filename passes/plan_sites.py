@@ -20,7 +20,6 @@ from fpscompile.passes.layers import place
 from fpscompile.plan import Plan, ResolvedPlan, resolve
 from fpscompile.schedule import Schedule
 
-
 INT8_LOWERINGS = ("cpp", "reference")
 
 

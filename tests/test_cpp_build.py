@@ -121,7 +121,11 @@ def test_kernels_are_built_while_the_model_is_compiled(cold_caches, fresh_probe)
         return gm
 
     torch._dynamo.reset()
-    model = torch.compile(wan(layers=2, attention_head_dim=32), backend="fps", options={"inner": inner, "lowering": "cpp", "tile": (2, 4, 4)})
+    model = torch.compile(
+        wan(layers=2, attention_head_dim=32),
+        backend="fps",
+        options={"inner": inner, "lowering": "cpp", "tile": (2, 4, 4)},
+    )
     model(**wan_inputs((3, 6, 10)))
     assert len(started) == 2  # one forward, one backward for all layers
     assert len(list((cold_caches / "fps" / "cpp").glob("*.so"))) == 2

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import importlib.util
+import json
 from collections import Counter
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from models.authors_zoo import AUTHORS
 from models.diffusers_zoo import DIFFUSERS_ZOO
 from models.oracle import CountAttention, WindowedCalls
 from models.run_zoo import OPTIONS, compiled, masks, relative
@@ -141,3 +145,19 @@ def test_inductor(name: str) -> None:
     assert sum(site.rewritten for graph in fps.graphs for site in graph.sites) == sum(
         expect.count for expect in entry.expect if expect.reason is None
     )
+
+
+def test_the_page_of_models_is_up_to_date() -> None:
+    """docs/models.md shows what benchmarks/results holds, and that has a row for every model of the registries."""
+    root = Path(__file__).resolve().parent.parent
+    spec = importlib.util.spec_from_file_location("models_table", root / "benchmarks" / "models_table.py")
+    assert spec is not None
+    assert spec.loader is not None
+    table = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(table)
+    report = json.loads(table.RESULTS.read_text())
+    assert [(row["group"], row["model"]) for row in report["rows"]] == [
+        *(("diffusers", name) for name in DIFFUSERS_ZOO),
+        *(("authors", name) for name in AUTHORS),
+    ]
+    assert table.PAGE.read_text() == table.page(report)

@@ -73,13 +73,14 @@ _FITTING = {
     ("mma", "fp8"): ((128, 32, 8, 2, 128, 32, 8, 2), (64, 32, 8, 2, 64, 64, 8, 2), (64, 16, 8, 2, 32, 32, 8, 2)),
     ("mfma", "none"): ((128, 64, 8, 2, 64, 32, 4, 2), (64, 32, 4, 2, 32, 32, 4, 2), (32, 16, 4, 2, 32, 16, 4, 2)),
     ("mfma", "fp8"): ((128, 32, 8, 2, 128, 32, 8, 2), (64, 32, 4, 2, 32, 32, 4, 2), (32, 16, 4, 2, 32, 16, 4, 2)),
-    ("fma", "none"): ((64, 32, 8, 2, 64, 32, 8, 2), (32, 32, 8, 2, 16, 32, 8, 2), (16, 16, 4, 2, 16, 16, 8, 2)),
+    ("fma", "none"): ((64, 32, 8, 2, 64, 32, 8, 2), (32, 16, 4, 2, 16, 32, 4, 2), (16, 16, 4, 2, 16, 16, 8, 2)),
     ("hip fma", "none"): ((64, 32, 8, 2, 32, 32, 4, 2), (32, 32, 4, 2, 16, 16, 4, 2), (16, 16, 4, 2, 16, 16, 4, 2)),
 }
 
 _CROWDED = {
-    # The same, where a mask or a scale per run of slots takes registers too.
+    # The same, where a mask, a scale per run of slots, grouped queries or small tiles take registers too.
     ("wgmma", "fp8", 1): (128, 32, 8, 2, 128, 32, 8, 2),
+    ("tcgen05", "fp8", 1): (128, 32, 8, 2, 64, 32, 8, 2),
     ("mma", "none", 0): (128, 64, 8, 2, 128, 32, 8, 2),
     ("mma", "fp8", 0): (128, 32, 8, 2, 64, 32, 8, 2),
 }
@@ -100,7 +101,10 @@ def default_config(spec: KernelSpec) -> GradientConfig:
     dim = max(padded(spec.head_dim), padded(spec.value_dim))
     size = 0 if dim <= 64 else 1 if dim <= 128 else 2
     crowded = spec.key_mask != "none" or (spec.quant == "fp8" and "subtile" in spec.granularities)
+    crowded = crowded or spec.tile_slots < spec.block_n or spec.gqa_group > 1
     chosen = _CROWDED.get((unit, spec.quant, size)) if crowded else None
+    if spec.tile_slots < spec.block_n and (unit, spec.quant, size) == ("wgmma", "none", 1):
+        chosen = (128, 64, 8, 2, 128, 32, 8, 2)  # four warps work on the 64 keys of a tile
     return GradientConfig(*(chosen or _FITTING[unit, spec.quant][size]))
 
 

@@ -107,7 +107,10 @@ def forward(
     if reason is not None:
         raise UnsupportedError(f"lowering 'cpp': {reason}; choose lowering='boxes' (or 'gather' with quant='fp8')")
     spec = spec_of(q, k, v, key_mask, resolved)
-    config = config or _config(spec, resolved.plan)
+    config = config or config_of(spec, resolved.plan)
+    unavailable = cpp_build.unavailable(config.compute)
+    if unavailable is not None:
+        raise UnsupportedError(f"lowering 'cpp' with {config}: {unavailable}; give another config, or none")
     kernel = _kernel(spec, config)
 
     batch, heads, q_length, head_dim = q.shape
@@ -271,17 +274,21 @@ def build_ahead(query: torch.Tensor, value: torch.Tensor, key_mask: torch.Tensor
         return  # head dims that may change are known at the call
     kind = "none" if key_mask is None else "bool" if key_mask.dtype == torch.bool else "float"
     spec = _spec(query.dtype, *dims, plan, kind, 1, False)  # the text does not depend on the last two
-    cpp_build.build_ahead(render(spec, _config(spec, plan)))
+    cpp_build.build_ahead(render(spec, config_of(spec, plan)))
     if plan.quant != "fp8" and torch.is_grad_enabled() and (query.requires_grad or value.requires_grad):
         dtype = "float32" if plan.quant == "int8" else spec.dtype
         spec = dataclasses.replace(spec, quant="none", dtype=dtype)
         cpp_build.build_ahead(render(dataclasses.replace(spec, backward=True), _backward_config(spec, plan)))
 
 
-def _config(spec: KernelSpec, plan: Plan) -> CppConfig:
-    """Of the forward: what was tuned, else the rule's."""
+def config_of(spec: KernelSpec, plan: Plan) -> CppConfig:
+    """The config of a forward on this machine: what was tuned, unless its products are not this machine's, else the
+    rule's."""
     compute = compute_of(spec.dtype, plan)
-    return plan.config_as(CppConfig) or default_config(spec, compute if spec.quant != "int8" else None)
+    tuned = plan.config_as(CppConfig)
+    if tuned is not None and tuned.compute == compute and tuned.is_valid(spec):
+        return tuned
+    return default_config(spec, compute if spec.quant != "int8" else None)
 
 
 def _backward_config(spec: KernelSpec, plan: Plan) -> CppConfig:

@@ -201,7 +201,9 @@ def _work(
 ) -> Iterator[tuple[int, _Element, list[tuple[_Heads, _Chunk]]]]:
     """The job of each batch element: (its index, its operands, pieces of heads and queries)."""
     if resolved.plan.quant == "int8":
-        raise UnsupportedError("lowering 'gather' does not compute in 8-bit integers: choose lowering='cpp' or quant='none'")
+        raise UnsupportedError(
+            "lowering 'gather' does not compute in 8-bit integers: choose lowering='cpp' or quant='none'"
+        )
     mask = (resolved.block_mask if block_mask is None else block_mask).to("cpu")
     slots = _slot_count(resolved)
     # A run's gathered keys outweigh its scores when it is shorter than a head is wide.

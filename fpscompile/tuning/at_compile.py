@@ -66,7 +66,7 @@ def tuned_plan(site: AttentionSite, plan: Plan, state: GraphState) -> Plan:
     except FpsError as error:
         state.note("info", "tuning", f"not tuned, {problem.signature.describe()}: {error}")
         return plan
-    if not _fits(tuned, plan, settings):
+    if not _fits(tuned, plan, settings, problem.resolved.product):
         state.note("info", "tuning", f"{path} offers {tuned.candidate}, which cannot run here: it is ignored")
         return plan
     state.note(
@@ -94,13 +94,19 @@ def _missing(state: GraphState, loaded: store.Loaded, described: str, reason: st
     logger.warning("%s", message)
 
 
-def _fits(tuned: Tuned, plan: Plan, settings: Settings) -> bool:
-    """Whether a file from elsewhere names a lowering and a config that this release can launch."""
+def _fits(tuned: Tuned, plan: Plan, settings: Settings, product: bool) -> bool:
+    """Whether a file from elsewhere names a lowering and a config that this release can launch.
+
+    Args:
+        product: whether every window of the site is a product of the axes, as boxes need.
+    """
     candidate = tuned.candidate
     if settings.lowering != "auto" and candidate.lowering != plan.lowering:
         return False
-    if candidate.lowering in ("boxes", "gather"):
-        return not candidate.config and (candidate.lowering == "gather" or plan.quant == "none")
+    if candidate.lowering == "boxes":
+        return not candidate.config and plan.quant == "none" and product
+    if candidate.lowering == "gather":
+        return not candidate.config and plan.quant in ("none", "fp8")
     classes: dict[str, Any] = {}
     if candidate.lowering == "cpp":
         from fpscompile.render import CppConfig

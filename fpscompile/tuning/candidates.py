@@ -95,14 +95,13 @@ def smallest_window(q_layout: TileLayout, k_layout: TileLayout, density: float) 
 def cpp_configs(problem: Problem, effort: str) -> list[Candidate]:
     """Configs of the CPU kernel around its default: neighbours for a quick search, all for a full one."""
     from fpscompile.lowerings import cpp
-    from fpscompile.render import default_config
 
     q, k, v, key_mask = problem.inputs("meta")
     resolved = problem.resolved_for(Candidate("cpp"))
     if cpp.why_not(problem.dtype, problem.head_dim, problem.value_dim, resolved.plan, problem.device) is not None:
         return []
     spec = cpp.spec_of(q, k, v, key_mask, resolved)
-    default = default_config(spec)
+    default = cpp.config_of(spec, resolved.plan)
     rows = int(resolved.q_layout.sizes().max())
     names = {field.name for field in dataclasses.fields(default)}
     choices: dict[str, list[Any]] = {}

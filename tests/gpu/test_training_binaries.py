@@ -14,7 +14,7 @@ pytest.importorskip("triton")
 from binary_facts import check_golden, check_products, summary
 
 from fpscompile.gpu import binary, gradients, offline
-from fpscompile.gpu.config import shared_limit
+from fpscompile.gpu.config import default_config, shared_limit, why_invalid
 from fpscompile.kernel_spec import KernelSpec
 
 TARGETS = ("cuda:80", "cuda:89", "cuda:90", "cuda:100", "cuda:120", "hip:gfx942", "hip:gfx950")
@@ -111,7 +111,10 @@ def test_no_default_spills_with_256_features(target: str, quant: str) -> None:
 @pytest.mark.parametrize("target", TARGETS)
 @pytest.mark.parametrize("dim", [64, 128, 256])
 def test_no_default_spills_in_float32(target: str, dim: int) -> None:
-    check_resources(spec_of(target, "none", dim, dtype="float32"))
+    spec = spec_of(target, "none", dim, dtype="float32")
+    if why_invalid(default_config(spec), spec) is not None:
+        pytest.skip("the lowering declines such a site: its forward has no config")
+    check_resources(spec)
 
 
 @pytest.mark.parametrize(("tile", "slots", "dim"), [((4, 8, 8), 256, 64), ((4, 4, 4), 64, 128)], ids=str)
