@@ -42,12 +42,13 @@ OPERANDS = {
 LANES = 16
 """float32 values per vector; rows and key slots come in this granule."""
 
-PANEL = 64
-"""Keys that lie side by side in the packed K."""
+PANEL = {"float32": 64, "bfloat16": 64, "int8": 256}
+"""Compute to the number of keys that lie side by side in the packed K. Products of bytes are so short that the call
+costs as much as the product of 64 keys."""
 
 _EXP2 = {
     # coefficients of 2^f on [0, 1], constant term first, and the largest relative error in float32
-    "int8": (("9.9992522e-01f", "6.9583354e-01f", "2.2606716e-01f", "7.8024523e-02f"), "7.5e-5"),
+    "int8": (("1.00172476e+00f", "6.5763628e-01f", "3.3718943e-01f"), "1.7e-3"),
     "bfloat16": (
         ("1.0000025934e+00f", "6.9300383447e-01f", "2.4144275689e-01f", "5.2011460616e-02f", "1.3534167913e-02f"),
         "2.7e-6",
@@ -85,8 +86,8 @@ class CppConfig:
             and self.compute in OPERANDS
             and (self.compute == "int8") == (spec.quant == "int8")
             # FP8 fixes where P is rounded; elsewhere blocks are whole panels.
-            and (self.block_n == spec.block_n if spec.quant == "fp8" else self.block_n >= PANEL)
-            and self.block_n % (LANES if spec.quant == "fp8" else PANEL) == 0
+            and (self.block_n == spec.block_n if spec.quant == "fp8" else self.block_n >= PANEL[self.compute])
+            and self.block_n % (LANES if spec.quant == "fp8" else PANEL[self.compute]) == 0
         )
 
 
@@ -124,7 +125,8 @@ def default_config(spec: KernelSpec, compute: str | None = None) -> CppConfig:
     compute = compute or COMPUTE[spec.dtype]
     if spec.backward:
         return CppConfig(block_m=rows, block_n=256, compute=compute)
-    return CppConfig(block_m=rows, block_n=512 if compute == "bfloat16" else 256, compute=compute)
+    wide = compute == "float32" and max(spec.head_dim, spec.value_dim) > 128
+    return CppConfig(block_m=rows, block_n=256 if wide else 512, compute=compute)
 
 
 def canonical(spec: KernelSpec) -> KernelSpec:
@@ -164,6 +166,7 @@ def _render(spec: KernelSpec, config: CppConfig) -> str:
             input="e4m3" if spec.quant == "fp8" else spec.dtype,
             left=left,
             right=right,
+            panel=PANEL[config.compute],
             exp2_coefficients=coefficients,
             exp2_error=error,
         )

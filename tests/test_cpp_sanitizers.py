@@ -34,7 +34,7 @@ out, lse = cpp.forward(q, k, v, **common)
 cpp.backward(torch.randn_like(out), q, k, v, out, lse, **common)
 if len(sys.argv) > 3:
     tables = cpp.slot_table
-    short = lambda layout: type("Short", (), {**vars(tables(layout)), "slots": tables(layout).slots - 64})
+    short = lambda *x: type("Short", (), {**vars(tables(*x)), "slots": tables(*x).slots - 64})
     cpp.slot_table = short
     cpp.forward(q, k, v, **common)
 print("clean")

@@ -28,7 +28,7 @@ from fpscompile.lowerings.dense import Triple
 from fpscompile.masks import BlockMask
 from fpscompile.plan import Plan, ResolvedPlan
 from fpscompile.quant import quantize_attention
-from fpscompile.render import COMPUTE, LANES, CppConfig, default_config, render, unsupported
+from fpscompile.render import COMPUTE, LANES, PANEL, CppConfig, default_config, render, unsupported
 
 _POINTERS = (
     *("q", "k", "v", "key_bias", "out", "lse", "k_packed", "v_packed", "slot_bias", "tile_state"),
@@ -121,7 +121,7 @@ def forward(
         return out.transpose(1, 2), lse
 
     mask = (resolved.block_mask if block_mask is None else block_mask).to("cpu")
-    queries, keys = row_blocks(resolved.q_layout, config.block_m), slot_table(resolved.k_layout)
+    queries, keys = row_blocks(resolved.q_layout, config.block_m), slot_table(resolved.k_layout, PANEL[config.compute])
     bias = additive(key_mask)
     bias_batch, bias_heads = (1, 1) if bias is None else bias.shape[:2]
     operands: dict[str, torch.Tensor | None] = {"q": q, "k": k, "v": v}

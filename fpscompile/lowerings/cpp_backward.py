@@ -20,7 +20,7 @@ from fpscompile.lowerings.cpp_tables import additive, row_blocks, slot_table
 from fpscompile.lowerings.dense import Triple
 from fpscompile.masks import BlockMask
 from fpscompile.plan import ResolvedPlan
-from fpscompile.render import LANES, CppConfig, render
+from fpscompile.render import LANES, PANEL, CppConfig, render
 from fpscompile.tiling import TileLayout
 
 _SIDE_POINTERS = (
@@ -97,7 +97,7 @@ def backward(
     held: list[torch.Tensor] = []  # what the structures point to
 
     def side(layout: TileLayout, lists: BlockMask, copies: int, value_rows: bool) -> _Side:
-        slots, blocks = slot_table(layout), row_blocks(layout, config.block_m)
+        slots, blocks = slot_table(layout, PANEL[config.compute]), row_blocks(layout, config.block_m)
         sizes = [(dims[0], True), (dims[1], True), (dims[0], True), (dims[1], value_rows)]
         buffers = [torch.empty(copies, slots.slots, dim if used else 0, dtype=packed) for dim, used in sizes]
         tables = [layout.order(), slots.first, slots.slot, blocks]

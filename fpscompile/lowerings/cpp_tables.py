@@ -10,34 +10,34 @@ import functools
 
 import torch
 
-from fpscompile.render import LANES, PANEL
+from fpscompile.render import LANES
 from fpscompile.tiling import TileLayout
 
 
 class SlotTable:
     """Where each tile of a layout lies in a packed copy."""
 
-    def __init__(self, layout: TileLayout) -> None:
+    def __init__(self, layout: TileLayout, panel: int) -> None:
         sizes = layout.sizes()
         self.first = torch.cat([torch.zeros(1, dtype=torch.int64), sizes.cumsum(0)])
         """int64 [tiles + 1]: first token, in tile order."""
         starts, at = [], 0
         for size in sizes.tolist():
             slots = -(-size // LANES) * LANES
-            if slots >= PANEL:  # whole panels: every product is as wide as it can be
-                at = -(-at // PANEL) * PANEL
+            if slots >= panel:  # whole panels: every product is as wide as it can be
+                at = -(-at // panel) * panel
             starts.append(at)
             at += slots
         self.slot = torch.tensor(starts, dtype=torch.int64)
         """int64 [tiles]: first slot. Tiles shorter than a panel lie back to back, so that neighbours make one run."""
-        self.slots = -(-at // PANEL) * PANEL
-        """Slots in all, a multiple of PANEL."""
+        self.slots = -(-at // panel) * panel
+        """Slots in all, a multiple of the panel."""
 
 
 @functools.lru_cache(maxsize=128)
-def slot_table(layout: TileLayout) -> SlotTable:
-    """The slots of ``layout``."""
-    return SlotTable(layout)
+def slot_table(layout: TileLayout, panel: int) -> SlotTable:
+    """The slots of ``layout``, in panels of so many."""
+    return SlotTable(layout, panel)
 
 
 @functools.lru_cache(maxsize=128)
