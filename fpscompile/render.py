@@ -169,6 +169,7 @@ def _render(spec: KernelSpec, config: CppConfig) -> str:
             panel=PANEL[config.compute],
             exp2_coefficients=coefficients,
             exp2_error=error,
+            exact_coefficients=_EXP2["float32"][0],
         )
     )
 
