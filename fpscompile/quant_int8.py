@@ -90,4 +90,4 @@ def _rounded(x: torch.Tensor, reach: torch.Tensor) -> torch.Tensor:
     """``x`` in steps of ``reach / 127``; zeros where that is zero."""
     scale = reach / INT8_MAX
     scale = scale.masked_fill(scale == 0, 1.0)
-    return (x / scale).round().clamp(-INT8_MAX, INT8_MAX) * scale
+    return (x * scale.reciprocal()).round().clamp(-INT8_MAX, INT8_MAX) * scale

@@ -372,7 +372,9 @@ def test_a_wrong_kernel_never_wins(path: Path, monkeypatch: pytest.MonkeyPatch) 
 
     timed = Problem.timed
 
-    def gather_is_fastest(self: Problem, candidate: Candidate, tensors: tuple[torch.Tensor, ...]) -> Callable[[], float]:
+    def gather_is_fastest(
+        self: Problem, candidate: Candidate, tensors: tuple[torch.Tensor, ...]
+    ) -> Callable[[], float]:
         run = timed(self, candidate, tensors)
         return (lambda: 1e-9) if candidate.lowering == "gather" else run
 

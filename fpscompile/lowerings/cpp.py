@@ -33,7 +33,7 @@ from fpscompile.render import COMPUTE, LANES, PANEL, CppConfig, default_config, 
 _POINTERS = (
     *("q", "k", "v", "key_bias", "out", "lse", "k_packed", "v_packed", "slot_bias", "tile_state"),
     *("q_order", "k_order", "k_first", "k_slot", "row_blocks", "kv_num_blocks", "kv_indices", "phases"),
-    *("q_scale", "k_scale", "v_scale", "slot_scale", "tile_scale", "correction", "statistics", "centres"),
+    *("q_scale", "k_scale", "v_scale", "v_mean", "slot_scale", "tile_scale", "correction", "statistics", "centres"),
 )
 _STRIDES = ("q_stride", "k_stride", "v_stride")
 _SIZES = (
@@ -129,7 +129,7 @@ def forward(
     if spec.quant == "fp8":
         operands, shift = _quantized(q, k, v, key_mask, phases, resolved, scale)
     k_tiles, packed = resolved.k_layout.n_tiles, _PACKED[config.compute]
-    d, d_v = -(-head_dim // (4 // packed.itemsize)) * (4 // packed.itemsize), -(-value_dim // LANES) * LANES
+    d, d_v = -(-spec.product_dim // (4 // packed.itemsize)) * (4 // packed.itemsize), -(-value_dim // LANES) * LANES
     tensors = {
         **operands,
         "key_bias": bias,
@@ -151,12 +151,13 @@ def forward(
     if spec.quant == "fp8":
         tensors["slot_scale"] = torch.empty(batch, key_heads, keys.slots, dtype=torch.float32)
     elif spec.quant == "int8":
+        d_vectors = -(-head_dim // LANES) * LANES
         tensors |= {
             "tile_scale": torch.empty(batch, key_heads, k_tiles, dtype=torch.float32),
             "correction": torch.empty(batch, key_heads, keys.slots, dtype=torch.int32),
             # the template's struct Statistics and struct Centre
-            "statistics": torch.empty(batch, key_heads, k_tiles, head_dim + 3 * value_dim + 1, dtype=torch.float32),
-            "centres": torch.empty(batch, key_heads, head_dim + 2 * value_dim, dtype=torch.float32),
+            "statistics": torch.empty(batch, key_heads, k_tiles, d_vectors + 3 * d_v + 1, dtype=torch.float32),
+            "centres": torch.empty(batch, key_heads, d_vectors + 3 * d_v, dtype=torch.float32),
         }
     strides = {
         name: (ctypes.c_int64 * 4)(*tensors[operand].stride())  # type: ignore[union-attr]
@@ -246,7 +247,7 @@ def _quantized(
         mask = None if key_mask is None else key_mask[one] if key_mask.shape[0] > 1 else key_mask
         fp8 = quantize_attention(
             q[one], k[one], v[one], resolved.q_layout, resolved.k_layout, plan.phases[phase].granularity,
-            smooth_k=plan.smooth_k, key_mask=mask,
+            smooth_k=plan.smooth_k, smooth_v=plan.smooth_v, hadamard=plan.hadamard, key_mask=mask,
         )  # fmt: skip
         shifts.append(fp8.lse_shift(q[one].float(), scale))
         parts.append(
@@ -255,9 +256,10 @@ def _quantized(
                 fp8.q.token_scales().expand(1, q.shape[1], q.shape[2], 1),
                 fp8.k.token_scales().expand(1, *k.shape[1:3], 1),
                 fp8.v.scales,
+                *([] if fp8.v_mean is None else [fp8.v_mean]),
             )
         )
-    names = ("q", "k", "v", "q_scale", "k_scale", "v_scale")
+    names = ("q", "k", "v", "q_scale", "k_scale", "v_scale", "v_mean")[: len(parts[0])]
     tensors = {name: torch.cat(x).contiguous() for name, x in zip(names, zip(*parts, strict=True), strict=True)}
     present = [shift for shift in shifts if shift is not None]
     return {**tensors}, torch.cat(present) if present else None
@@ -324,6 +326,8 @@ def _spec(
         quant=plan.quant,
         granularities=tuple(phase.granularity for phase in plan.phases),
         smooth_k=plan.smooth_k,
+        smooth_v=plan.smooth_v and plan.quant == "fp8",
+        hadamard=plan.hadamard and plan.quant == "fp8",
         block_n=plan.block_n,
         p_scale=plan.p_scale,
         key_mask=key_mask,

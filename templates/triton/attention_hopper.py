@@ -398,7 +398,7 @@ def _consumer(
 ):  # fmt: skip
     q_smem, k_smem, v_smem, q_full, k_full, v_full, free, turn = shared
     unit_list, n_units, notes, q_scale, q_factor, outputs = operands
-    v_scale, lse_shift, q_token, rows, out, out_stride, lse = outputs
+    v_scale, v_mean, lse_shift, q_token, rows, out, out_stride, lse = outputs
     S_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, 32])
     O_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, DVP, 32])
     q = q_smem.index(WHO)
@@ -489,7 +489,11 @@ def _consumer(
 
     norm = gl.convert_layout(gl.where(empty, 0.0, 1.0 / total), gl.SliceLayout(1, O_LAYOUT))
     channel = gl.arange(0, DVP, gl.SliceLayout(0, O_LAYOUT))
-    result = (acc * norm[:, None] * gl.load(v_scale + channel)[None, :]).to(out.dtype.element_ty)
+    result = acc * norm[:, None] * gl.load(v_scale + channel)[None, :]
+    if v_mean is not None:  # all of it: the unrounded weights, which l sums, are those of a softmax
+        seen = gl.convert_layout(gl.where(empty, 0.0, 1.0), gl.SliceLayout(1, O_LAYOUT))
+        result += seen[:, None] * gl.load(v_mean + channel)[None, :]
+    result = result.to(out.dtype.element_ty)
 
     # Rows go to their place in the raster, ALIGN elements a thread: 16 bytes, or what all strides and DV divide by.
     ACROSS: gl.constexpr = min(32, DVP // ALIGN)
@@ -515,7 +519,7 @@ def _consumer(
     ]
 )  # fmt: skip
 def attention_forward(
-    q_desc, k_desc, v_desc, out, lse, q_scale, k_scale, v_scale, lse_shift,
+    q_desc, k_desc, v_desc, out, lse, q_scale, k_scale, v_scale, v_mean, lse_shift,
     key_bias, bias_state, bias_sb, bias_sh, state_sb, state_sh,
     unit_count, unit_index, unit_valid, q_blocks, q_token, phase,
     heads, q_length, q_slots, k_slots, q_tiles, k_tiles, mask_heads, capacity, phases, phase_group, softmax_scale,
@@ -572,6 +576,8 @@ def attention_forward(
 
     k_scale += k_head.to(gl.int64) * k_tiles * RUNS
     v_scale += k_head * DVP
+    if v_mean is not None:
+        v_mean += k_head * DVP
     if lse_shift is not None:
         lse_shift += q_head.to(gl.int64) * q_slots + first
     if BIAS:
@@ -583,7 +589,7 @@ def attention_forward(
     lse += q_head.to(gl.int64) * q_length
     PER_TILE: gl.constexpr = TILE // UNIT
     shared = (q_smem, k_smem, v_smem, q_full, k_full, v_full, free, turn)
-    outputs = (v_scale, lse_shift, q_token, rows, out, out_stride_token, lse)
+    outputs = (v_scale, v_mean, lse_shift, q_token, rows, out, out_stride_token, lse)
     notes = (k_scale, unit_valid, bias_state, key_bias)
     operands = (unit_list, n_units, notes, q_scale, q_factor, outputs)
     q_row = q_head * q_slots + first
@@ -737,7 +743,8 @@ def launch(
         packed: FP8 operands, an object with (all contiguous, on one device)
             q e4m3 [B, H, q_slots, DP], k e4m3 [B, Hk, k_slots, DP], v e4m3 [B, Hk, DVP, k_slots] (permuted in groups
             of 16 slots), q_scale f32 [B, H, q_tiles, runs], k_scale f32 [B, Hk, k_tiles, runs] (runs: 1, or one for
-            each 32 slots), v_scale f32 [B, Hk, DVP], lse_shift f32 [B, H, q_slots] or None.
+            each 32 slots), v_scale f32 [B, Hk, DVP], v_mean f32 [B, Hk, DVP] or None, lse_shift f32 [B, H, q_slots]
+            or None.
         tables: an object with slots (of a tile), unit, q_token int32 [q_slots], and keys, an object with
             count int32 [phases, 1 | H, q_tiles], index int32 [phases, 1 | H, q_tiles, capacity], valid int32 [units].
         q_blocks: int32 [n, 3]: (query tile, first slot, tokens) of every block of min(64 * consumers, slots) slots that
@@ -794,7 +801,8 @@ def launch(
         biases = (bias.bias, bias.state, *(n // 32 for n in _strides(bias.bias)), *_strides(bias.state))
     keys = tables.keys
     return attention_forward[(q_blocks.shape[0], heads, batch)](
-        q_desc, k_desc, v_desc, out, lse, packed.q_scale, packed.k_scale, packed.v_scale, packed.lse_shift,
+        q_desc, k_desc, v_desc, out, lse, packed.q_scale, packed.k_scale, packed.v_scale, packed.v_mean,
+        packed.lse_shift,
         *biases, keys.count, keys.index, keys.valid, q_blocks, tables.q_token, phase,
         heads, out.shape[1], q_slots, k_slots, packed.q_scale.shape[2], packed.k_scale.shape[2], keys.count.shape[1],
         keys.index.shape[-1], keys.count.shape[0], batch // phase.numel(), scale,
