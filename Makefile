@@ -30,6 +30,7 @@ $(READY): pyproject.toml $(CONSTRAINTS)
 
 demo: $(READY)
 	$(BIN)/python examples/demo_wan.py $(DEMO_ARGS)
+	$(BIN)/python examples/small_wan_video.py
 
 test: $(READY)
 	$(BIN)/python -m pytest -n 2 -m "not slow" $(PYTEST_ARGS)
@@ -70,7 +71,12 @@ format: $(READY)
 # Timing: run on a quiet machine. Results land in benchmarks/results and in README.md.
 bench: $(READY)
 	$(BIN)/python benchmarks/attention_cpu.py --json benchmarks/results/attention_cpu.json
-	$(BIN)/python benchmarks/attention_cpu.py --lowering cpp --filter 8192 --json benchmarks/results/attention_cpu_cpp.json
+	$(BIN)/python benchmarks/attention_cpu.py --lowering cpp --density 1.0 0.25 0.1 --json benchmarks/results/attention_cpu_cpp.json
+	$(BIN)/python benchmarks/attention_cpu.py --lowering cpp --density 1.0 0.25 0.1 --precision float32 int8 --json benchmarks/results/attention_cpu_vnni.json
+	$(BIN)/python benchmarks/scaling_cpu.py --json benchmarks/results/scaling_cpu.json
+	$(BIN)/python benchmarks/small_grids_cpu.py --json benchmarks/results/small_grids_cpu.json
+	$(BIN)/python benchmarks/topk_cost.py --json benchmarks/results/topk_cost.json
+	$(BIN)/python benchmarks/autotune_cpu.py --json benchmarks/results/autotune_cpu.json
 	$(BIN)/python benchmarks/model_cpu.py
 	$(BIN)/python benchmarks/compile_time.py
 	$(BIN)/python benchmarks/readme_figures.py

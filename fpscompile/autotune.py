@@ -25,12 +25,13 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from fpscompile.capture import captured, original
 from fpscompile.errors import FpsError
 from fpscompile.passes.base import GraphState
 from fpscompile.report import name_pattern
 from fpscompile.settings import Settings
 from fpscompile.tuning import store
-from fpscompile.tuning.capture import Collector, captured, original, problem_of, site_name
+from fpscompile.tuning.capture import Collector, problem_of, site_name
 from fpscompile.tuning.problem import Candidate, Problem
 from fpscompile.tuning.signature import Signature
 from fpscompile.tuning.tuner import Tuned, Tuner, tuning_path

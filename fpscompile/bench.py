@@ -11,10 +11,10 @@ from typing import Any
 import torch
 
 from fpscompile.backend import Backend, inner_compiler
+from fpscompile.capture import captured
 from fpscompile.errors import OptionError
 from fpscompile.report import Report
 from fpscompile.settings import Settings
-from fpscompile.tuning.capture import captured
 
 
 @dataclass(frozen=True)

@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-import types
 from collections.abc import Mapping
 from typing import Any
 
-import torch
-from torch._dynamo.eval_frame import OptimizedModule
-
 from fpscompile.backend import Backend
+from fpscompile.capture import captured
 from fpscompile.report import Report
 from fpscompile.settings import Settings
 
@@ -31,14 +28,5 @@ def explain(model: Any, *args: Any, options: Mapping[str, Any] | None = None, **
     """
     settings = Settings.from_options(options)
     backend = Backend(dataclasses.replace(settings, strict=False, inner="eager", inner_options=()), detail=True)
-    target = model._orig_mod if isinstance(model, OptimizedModule) else model
-
-    def call(*args: Any, **kwargs: Any) -> Any:
-        return target(*args, **kwargs)
-
-    # A code object of its own: Dynamo counts recompiles per code object, and explain may be called many times.
-    captured = types.FunctionType(call.__code__.replace(), call.__globals__, "explain", None, call.__closure__)
-    training = isinstance(target, torch.nn.Module) and target.training
-    with torch.set_grad_enabled(torch.is_grad_enabled() and training):
-        torch.compile(captured, backend=backend)(*args, **kwargs)
+    captured(model, backend)(*args, **kwargs)
     return Report(backend.graphs, settings)

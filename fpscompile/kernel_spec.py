@@ -13,9 +13,10 @@ Rounding contract of P (``quant="fp8"``)
         acc  = acc * exp(m_{j-1} - m_j) + P8_j @ V8    # float32
         l    = l   * exp(m_{j-1} - m_j) + rowsum(exp(S_j - m_j))   # from the unrounded P, float32
 
-    and the output is ``v_scale * acc / (p_scale * l)``, the log-sum-exp ``m + log(l)`` (natural), plus the shift that
-    K-mean smoothing took from the scores (see :meth:`fpscompile.quant.QuantizedAttention.lse_shift`). Invalid slots
-    have ``S = -inf``. A row with no valid key gives zeros and ``-inf``. Query blocking does not enter.
+    and the output is ``v_scale * acc / (p_scale * l)``, plus V's mean where that was subtracted (all of it: the weights
+    that it belongs to are the unrounded ones, whose sum is ``l``), the log-sum-exp ``m + log(l)`` (natural), plus the
+    shift that K-mean smoothing took from the scores (see :meth:`fpscompile.quant.QuantizedAttention.lse_shift`).
+    Invalid slots have ``S = -inf``. A row with no valid key gives zeros and ``-inf``. Query blocking does not enter.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from fpscompile.errors import OptionError
+from fpscompile.hadamard import rotated_dim
 from fpscompile.plan import P_SCALE
 from fpscompile.tiling import Grid
 
@@ -51,6 +53,10 @@ class KernelSpec:
     """Granularity of Q's and K's scales in each phase."""
     smooth_k: bool = True
     """Whether K's mean over tokens is removed before quantization."""
+    smooth_v: bool = False
+    """Whether V's mean over tokens is removed before quantization, and added to the output (FP8 only)."""
+    hadamard: bool = False
+    """Whether Q and K are rotated before quantization (FP8 only): see :mod:`fpscompile.hadamard`."""
     block_n: int = 128
     """Key slots per rounding block of P."""
     p_scale: float = P_SCALE
@@ -72,6 +78,11 @@ class KernelSpec:
     def tile_slots(self) -> int:
         """Slots per tile: see :func:`tile_slots`."""
         return tile_slots(self.tile, self.block_n)
+
+    @property
+    def product_dim(self) -> int:
+        """Features that the products of Q and K sum over: the rotated ones where they are rotated."""
+        return rotated_dim(self.head_dim) if self.hadamard else self.head_dim
 
 
 def tile_slots(tile: Grid, block_n: int) -> int:

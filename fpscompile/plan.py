@@ -65,6 +65,11 @@ class Plan:
     in less than the inputs' dtype."""
     smooth_k: bool = True
     """Subtract K's mean over the valid tokens before quantization (exact: softmax does not see it)."""
+    smooth_v: bool = False
+    """Subtract V's mean over the valid tokens before FP8 quantization; the output gets it back (exact: weights sum to
+    one)."""
+    hadamard: bool = False
+    """Rotate Q and K before FP8 quantization (exact: scores do not see it); see :mod:`fpscompile.hadamard`."""
     lowering: str = "boxes"
     """A key of :data:`fpscompile.lowerings.REGISTRY`."""
     block_n: int = BLOCK_N

@@ -22,6 +22,13 @@ Smoothing K subtracts its mean over the visible tokens first. All scores of a qu
 which softmax does not see; the log-sum-exp does, and gets ``scale * q . mean`` back with the exact q. So the reported
 value belongs to the scores ``scale * (q8 . k8 + q . mean)``, those the output is the softmax of, and it stays
 comparable between calls that see different keys and thus subtract different means.
+
+Smoothing V subtracts its mean over the visible tokens, per channel, and adds it to the output again. Exact weights of a
+query sum to one, so every output that sees a key gets the whole mean back: the sum of the rounded weights does not
+enter, and their errors multiply what is left of V only.
+
+Rotating multiplies Q and K (after smoothing, before their scales) by one orthonormal matrix, which no score sees; see
+:mod:`fpscompile.hadamard`. Values and scales are then those of rotated tokens, whose features are a power of two.
 """
 
 from __future__ import annotations
@@ -31,6 +38,7 @@ from dataclasses import dataclass
 
 import torch
 
+from fpscompile.hadamard import rotate
 from fpscompile.schedule import GRANULARITIES
 from fpscompile.tiling import TileLayout
 
@@ -46,7 +54,7 @@ class QuantizedTokens:
     """Q or K in FP8, tokens in sequence order."""
 
     values: torch.Tensor
-    """float8_e4m3fn [B, H, L, D]."""
+    """float8_e4m3fn [B, H, L, D], D that of the rotated tokens where they are rotated."""
     scales: torch.Tensor
     """float32 | float64 [B, 1 | H, 1 | n_tiles, 1 | runs]: one per region; an axis that the granularity does not
     distinguish has length 1. Runs past the end of a ragged tile hold 1."""
@@ -85,7 +93,9 @@ class QuantizedAttention:
     k: QuantizedTokens
     v: QuantizedChannels
     k_mean: torch.Tensor | None
-    """float32 | float64 [B, Hk, 1, D]: what was subtracted from K; None without smoothing."""
+    """float32 | float64 [B, Hk, 1, D]: what was subtracted from K, before any rotation; None without smoothing."""
+    v_mean: torch.Tensor | None = None
+    """float32 | float64 [B, Hk, 1, Dv]: what was subtracted from V, and belongs to every output that sees a key."""
 
     def lse_shift(self, q: torch.Tensor, scale: float) -> torch.Tensor | None:
         """[B, H, Lq]: what smoothing took from every score of a query, to be added to the log-sum-exp.
@@ -131,6 +141,8 @@ def quantize_attention(
     granularity: str,
     *,
     smooth_k: bool = True,
+    smooth_v: bool = False,
+    hadamard: bool = False,
     key_mask: torch.Tensor | None = None,
 ) -> QuantizedAttention:
     """Quantize all operands of one call whose batch elements share a granularity.
@@ -140,16 +152,24 @@ def quantize_attention(
         k, v: [B, Hk, Lk, D] and [B, Hk, Lk, Dv].
         granularity: of Q's and K's scales.
         smooth_k: subtract K's mean over the visible tokens.
+        smooth_v: subtract V's mean over the visible tokens.
+        hadamard: rotate Q and K.
         key_mask: None or [B | 1, H | 1, 1, Lk], bool or additive.
     """
     valid = visible_keys(key_mask, k.shape[0], k.shape[1], q.shape[1])
-    mean = key_mean(k, valid) if smooth_k else None
-    keys = k.to(work_dtype(k.dtype))
+    q, k, v = (x.to(work_dtype(x.dtype)) for x in (q, k, v))
+    k_mean = key_mean(k, valid) if smooth_k else None
+    v_mean = key_mean(v, valid) if smooth_v else None
+    k = k if k_mean is None else k - k_mean
+    v = v if v_mean is None else v - v_mean
+    if hadamard:
+        q, k = rotate(q), rotate(k)
     return QuantizedAttention(
         quantize_tokens(q, q_layout, granularity),
-        quantize_tokens(keys if mean is None else keys - mean, k_layout, granularity, valid),
+        quantize_tokens(k, k_layout, granularity, valid),
         quantize_channels(v, valid),
-        mean,
+        k_mean,
+        v_mean,
     )
 
 
@@ -192,7 +212,7 @@ def quantize_channels(x: torch.Tensor, valid: torch.Tensor | None = None) -> Qua
 
 
 def key_mean(k: torch.Tensor, valid: torch.Tensor | None = None) -> torch.Tensor:
-    """Mean of K [B, Hk, Lk, D] over its tokens: [B, Hk, 1, D]; 0 for a head without a valid key.
+    """Mean of K (or V) [B, Hk, Lk, D] over its tokens: [B, Hk, 1, D]; 0 for a head without a valid key.
 
     Args:
         valid: None or bool [B, Hk, Lk].

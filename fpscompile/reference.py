@@ -14,8 +14,11 @@ identity. In formulas, with ``hat`` for values after rounding and ``W`` for the 
     dQ = scale * dS K_hat
     dK = scale * dS^T Q_hat
 
-Scales are constants, and so is K's mean: rows of dS sum to zero, so whatever is subtracted from all keys, in dQ or in
-dK, drops out.
+Scales are constants, and so are the means. K's: rows of dS sum to zero, so whatever is subtracted from all keys, in dQ
+or in dK, drops out. V's, ``out = W @ V_hat + mean`` with ``V_hat`` for ``V - mean``: to every dP of a query it would
+add the same ``dO . mean``, which dS does not see; and were the mean not a constant, dV would differ from ``W^T dO`` by
+``sum_r (1 - sum(W_r)) dO_r`` over the number of keys, which is zero but for the rounding of P: straight-through leaves
+it out. With ``hadamard``, Q_hat and K_hat are rotated, and dQ and dK are rotated back.
 """
 
 from __future__ import annotations
@@ -25,6 +28,7 @@ from collections.abc import Sequence
 import torch
 
 from fpscompile import quant_int8
+from fpscompile.hadamard import rotate
 from fpscompile.kernel_spec import tile_slots
 from fpscompile.masks import BlockMask, expand_mask
 from fpscompile.plan import ResolvedPlan
@@ -113,11 +117,14 @@ def _fp8(
     group = q.shape[1] // k.shape[1]
     with torch.no_grad():
         fp8 = quantize_attention(
-            q, k, v, q_layout, k_layout, plan.phases[phase].granularity, smooth_k=plan.smooth_k, key_mask=key_mask
-        )
+            q, k, v, q_layout, k_layout, plan.phases[phase].granularity,
+            smooth_k=plan.smooth_k, smooth_v=plan.smooth_v, hadamard=plan.hadamard, key_mask=key_mask,
+        )  # fmt: skip
         shift = fp8.lse_shift(q.to(dtype), scale)
-    q_hat = _straight_through(q.to(dtype), fp8.q.dequantize(dtype))[0]
-    k_hat = _straight_through(k.to(dtype), fp8.k.dequantize(dtype))[0]
+        mean = torch.zeros_like(v[:, :, :1], dtype=dtype) if fp8.v_mean is None else fp8.v_mean.to(dtype)
+    q, k = (rotate(x.to(dtype)) if plan.hadamard else x.to(dtype) for x in (q, k))
+    q_hat = _straight_through(q, fp8.q.dequantize(dtype))[0]
+    k_hat = _straight_through(k, fp8.k.dequantize(dtype))[0]
     v_hat = _straight_through(v.to(dtype), fp8.v.dequantize(dtype))[0]
 
     slots = k_layout.slots(tile_slots(plan.tile, plan.block_n))
@@ -139,7 +146,8 @@ def _fp8(
             rounded = _rounded_weights(scores.detach(), plan.block_n, plan.p_scale)
             # An empty slot repeats token 0 with weight 0; the fill keeps a NaN there from leaking in.
             values = v_hat[head // group, tokens].masked_fill((listed < 0).to(q.device)[:, None], 0.0)
-            tiles_out.append(_straight_through(weights, rounded) @ values)
+            added = mean[0, head // group].masked_fill(lse[:, None] == NEG_INF, 0.0)
+            tiles_out.append(_straight_through(weights, rounded) @ values + added)
             tiles_lse.append(lse)
         outputs.append(torch.cat(tiles_out)[inverse])
         sums.append(torch.cat(tiles_lse)[inverse])

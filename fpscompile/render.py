@@ -132,7 +132,7 @@ def default_config(spec: KernelSpec, compute: str | None = None) -> CppConfig:
 def canonical(spec: KernelSpec) -> KernelSpec:
     """``spec`` with every field that the template does not read at its default: equal ones share a build."""
     names = ["target", "dtype", "head_dim", "value_dim", "tile", "key_mask", "quant", "backward"]
-    names += {"none": [], "fp8": ["block_n", "p_scale"], "int8": ["smooth_k"]}[spec.quant]
+    names += {"none": [], "fp8": ["block_n", "p_scale", "smooth_v", "hadamard"], "int8": ["smooth_k"]}[spec.quant]
     read = {name: getattr(spec, name) for name in names}
     if read["key_mask"] != "none":
         read["key_mask"] = "float"  # a bool mask arrives as a term of the scores

@@ -15,6 +15,7 @@ from fpscompile.report import SiteGroup, grid_text, percent
 from fpscompile.windows import window_text
 
 if TYPE_CHECKING:
+    from fpscompile.plan import Plan
     from fpscompile.report import Report
 
 GRID_SOURCES = {
@@ -170,6 +171,18 @@ def granularity_text(site: SiteRecord, phase: int) -> str:
     return "-" if site.plan.quant == "none" else f"{site.plan.quant} per {site.plan.phases[phase].granularity}"
 
 
+def quant_text(plan: Plan) -> str:
+    """The number format and what is done to the operands before, such as "fp8, K without its mean"."""
+    if plan.quant == "none":
+        return "none"
+    words = {"K": plan.smooth_k, "V": plan.smooth_v or plan.quant == "int8"}
+    centred = " and ".join(name for name, smooth in words.items() if smooth)
+    parts = [f"{centred} without {'its mean' if len(centred) == 1 else 'their means'}"] if centred else []
+    if plan.quant == "fp8" and plan.hadamard:
+        parts.append("Q and K rotated")
+    return ", ".join([plan.quant, *parts])
+
+
 def tile_counts(site: SiteRecord) -> tuple[int, ...]:
     """Video tiles along (t, h, w); empty without a grid."""
     if site.grid is None or site.plan is None:
@@ -204,6 +217,10 @@ def facts(report: Report, groups: list[SiteGroup]) -> list[tuple[str, str]]:
         phase = rewritten[0].first.conservative
         progress = [graph.progress_source for graph in report.graphs if any(site.rewritten for site in graph.sites)]
         rows.append(("progress", "; ".join(progress_text(report, source, phase) for source in dict.fromkeys(progress))))
+    plans = [group.first.plan for group in rewritten if group.first.plan is not None]
+    formats = dict.fromkeys(quant_text(plan) for plan in plans if plan.quant != "none")
+    if formats:
+        rows.append(("quantization", "; ".join(formats)))
     return rows
 
 

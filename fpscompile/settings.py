@@ -84,6 +84,12 @@ class Settings:
     computes in less than the inputs' dtype."""
     granularity: str | None = None
     """Overrides the granularity of every phase; one of "tensor", "head", "tile", "subtile"."""
+    smooth_k: bool = True
+    """Whether K's mean over the tokens is subtracted before quantization, which the softmax does not see."""
+    smooth_v: bool = False
+    """Whether V's mean is subtracted before FP8 quantization and added to the output; int8 always does so."""
+    hadamard: bool = False
+    """Whether Q and K are rotated before FP8 quantization, which their products do not see: spreads large channels."""
     lowering: str = "auto"
     """"cpp" (generated kernel, CPU), "boxes" (dense attention per box, any device), "gather" (any mask, and FP8),
     "reference" (slow, the oracle), or "auto": the first of the first three that can run the site here."""
@@ -130,6 +136,11 @@ class Settings:
         _choice("lowering", self.lowering, LOWERINGS)
         if self.granularity is not None:
             _choice("granularity", self.granularity, GRANULARITIES)
+        for name in ("smooth_k", "smooth_v", "hadamard"):
+            if not isinstance(getattr(self, name), bool):
+                raise OptionError(f"{name}={getattr(self, name)!r} must be True or False")
+        if self.hadamard and self.quant == "int8":
+            raise OptionError("hadamard=True and quant='int8' exclude each other: int8 has a scale per token instead")
         _ = self.variants  # what contradicts itself is an error now
         if not callable(self.inner) and not isinstance(self.inner, str):
             raise OptionError(f"inner={self.inner!r} must be a backend name or a callable(gm, inputs)")

@@ -50,8 +50,9 @@ def plan_for(site: AttentionSite, state: GraphState) -> Plan:
     if quant == "auto":
         quant = "fp8" if triton.has_fp8_tensor_cores(query.device) else "none"
     plan = Plan.of(
-        _schedule(site, state), tile=settings.tile, quant=quant, lowering=settings.lowering, compute=settings.compute
-    )
+        _schedule(site, state), tile=settings.tile, quant=quant, lowering=settings.lowering, compute=settings.compute,
+        smooth_k=settings.smooth_k, smooth_v=settings.smooth_v, hadamard=settings.hadamard,
+    )  # fmt: skip
     tile_slots(plan.tile, plan.block_n)
     plan = dataclasses.replace(plan, lowering=_lowering(site, plan, state))
     if plan.quant == "int8" and plan.lowering not in INT8_LOWERINGS:

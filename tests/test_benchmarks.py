@@ -65,6 +65,22 @@ def test_compile_time(tmp_path: Path, figures: ModuleType) -> None:
     assert "share of Inductor" in figures.block(tmp_path)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "figure"),
+    [
+        ("scaling_cpu", "time of a kept pair"),
+        ("topk_cost", "choosing tiles by content"),
+        ("autotune_cpu", "exhaustive search"),
+        ("small_grids_cpu", "over_dense_at_density_1"),
+    ],
+)
+def test_quick_runs(name: str, figure: str, tmp_path: Path, figures: ModuleType) -> None:
+    report = script(name, "--quick", "--json", tmp_path / f"{name}.json")
+    assert report["rows"]
+    assert figure in figures.block(tmp_path) + json.dumps(report["summary"])
+
+
 def test_readme_block_is_up_to_date(figures: ModuleType) -> None:
     """README.md shows what benchmarks/results holds."""
     assert figures.main(["--check"]) == 0

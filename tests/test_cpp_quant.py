@@ -78,6 +78,21 @@ def test_fp8_scales_p(p_scale):
 
 
 @needs_kernel
+@pytest.mark.parametrize(
+    "fields", [{"smooth_v": True}, {"hadamard": True}, {"smooth_k": False, "smooth_v": True, "hadamard": True}], ids=str
+)
+@pytest.mark.parametrize(("d", "d_v"), [(72, 88), (64, 64)])
+def test_fp8_of_smoothed_values_and_rotated_keys(fields, d, d_v):
+    """A rotated head of 72 features has 128; rows that see no key get no mean."""
+    resolved = make_resolved(WINDOW, FULL, q_others=(3, 5), k_others=(3, 5), quant="fp8", **fields)
+    q, k, v = make_inputs(resolved, batch=3, heads=2, key_heads=1, d=d, d_v=d_v, dtype=torch.bfloat16)
+    keep = make_mask("bool", 3, 1, resolved.k_layout.length)
+    keep[2] = False
+    out, _ = check(resolved, [q, k + 2, v + 5], phases=(0, 1, 0), key_mask=keep)
+    assert not out[2].any()
+
+
+@needs_kernel
 def test_int8_keeps_the_weight_of_far_blocks():
     """One key with a very large score must not round all others of its row to nothing."""
     resolved = make_resolved(FULL, grid=(8, 16, 16), tile=(4, 8, 8), quant="int8")

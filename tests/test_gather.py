@@ -117,13 +117,13 @@ def test_key_masks(quant: str, kind: str, mask_batch: int, mask_heads: int) -> N
     st.sampled_from([(4, 4), (5, 3), (3, 7)]),
     st.sampled_from([(0, 0), (3, 1), (2, 0)]),
     st.sampled_from(["none", "bool", "float"]),
-    st.booleans(),
+    st.fixed_dictionaries({name: st.booleans() for name in ("smooth_k", "smooth_v", "hadamard")}),
     st.integers(0, 999),
 )
-def test_shapes(quant, grid, tile, text, heads, dims, phases, kind, smooth_k, seed) -> None:
+def test_shapes(quant, grid, tile, text, heads, dims, phases, kind, before_fp8, seed) -> None:
     q_before, q_after, k_before, k_after = text
     resolved = resolved_plan(
-        grid, q_before, q_after, k_before, k_after, tile=tile, quant=quant, smooth_k=smooth_k, block_n=16
+        grid, q_before, q_after, k_before, k_after, tile=tile, quant=quant, block_n=16, **before_fp8
     )
     operands = draw(resolved, seed, torch.float64, heads=heads[0], key_heads=heads[1], dim=dims[0], value_dim=dims[1])
     check(resolved, operands, phases, key_mask=key_mask_of(kind, 2, 1, resolved.k_layout.length, seed))

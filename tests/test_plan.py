@@ -42,6 +42,8 @@ def test_json_round_trip() -> None:
         {"clamp": False},
         {"quant": "none"},
         {"smooth_k": True},
+        {"smooth_v": True},
+        {"hadamard": True},
         {"lowering": "boxes"},
         {"block_n": 128},
         {"p_scale": 256.0},

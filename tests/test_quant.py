@@ -9,6 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from fpscompile.hadamard import rotate, rotated_dim, sign_bits, unrotate
 from fpscompile.quant import (
     E4M3_MAX,
     SUBTILE,
@@ -226,6 +227,60 @@ def test_smoothing_removes_a_common_offset_and_reports_it() -> None:
     centred = smooth.q.dequantize() @ smooth.k.dequantize().mT
     restored = centred + smooth.lse_shift(q, 1.0)[..., None]
     assert (restored - truth).norm() < 0.1 * (rough.q.dequantize() @ rough.k.dequantize().mT - truth).norm()
+
+
+def test_values_without_their_mean_have_smaller_steps() -> None:
+    generator = torch.Generator().manual_seed(7)
+    layout = TileLayout((2, 4, 4), (2, 2, 2), 0, 5)
+    q, k, v = (torch.randn(2, 2, layout.length, 8, generator=generator, dtype=torch.float64) for _ in range(3))
+    v = v + 60 * torch.randn(8, generator=generator, dtype=torch.float64)
+    mask = torch.ones(2, 1, 1, layout.length, dtype=torch.bool)
+    mask[..., -5:] = False
+    mask[1] = False
+    v[:, :, -5:] = float("nan")  # hidden: enters no mean
+    smooth = quantize_attention(q, k, v, layout, layout, "tile", smooth_v=True, key_mask=mask)
+    rough = quantize_attention(q, k, v, layout, layout, "tile", key_mask=mask)
+    assert rough.v_mean is None
+    torch.testing.assert_close(smooth.v_mean[0], v[0, :, :-5].mean(1, keepdim=True))
+    assert not smooth.v_mean[1].any()  # no key is visible
+    restored = smooth.v.dequantize() + smooth.v_mean
+    seen = (slice(0, 1), slice(None), slice(0, -5))
+    assert (restored - v)[seen].norm() < 0.1 * (rough.v.dequantize() - v)[seen].norm()
+    assert not smooth.v.dequantize()[:, :, -5:].any()
+
+
+@pytest.mark.parametrize("dim", [1, 8, 12, 72])
+def test_rotation(dim: int) -> None:
+    """The definition, its inverse, and what it is for: all products stay, one large feature becomes many small ones."""
+    width = rotated_dim(dim)
+    assert width // 2 < dim <= width
+    h = torch.ones(1, 1, dtype=torch.float64)
+    while len(h) < width:
+        h = torch.cat([torch.cat([h, h], 1), torch.cat([h, -h], 1)])
+    x, y = torch.randn(2, 3, 5, dim, dtype=torch.float64)
+    index = [(i & ((1 << sign_bits(width)) - 1)) & (i >> sign_bits(width)) for i in range(width)]
+    signs = torch.tensor([(-1.0) ** i.bit_count() for i in index], dtype=torch.float64)
+    expected = torch.nn.functional.pad(x, (0, width - dim)) * signs @ h / width**0.5
+    torch.testing.assert_close(rotate(x), expected, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(unrotate(rotate(x), dim), x, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(rotate(x) @ rotate(y).mT, x @ y.mT, rtol=1e-12, atol=1e-12)
+    one = rotate(torch.eye(dim, dtype=torch.float64)).abs()
+    torch.testing.assert_close(one, torch.full_like(one, width**-0.5))
+    assert rotate(torch.ones(width)).abs().max() < 1.5
+
+
+def test_rotated_operands() -> None:
+    """K's mean goes first, the rotation next, scales last; the log-sum-exp's shift belongs to the exact queries."""
+    layout = TileLayout((2, 4, 4), (2, 2, 2))
+    q, k, v = (torch.randn(1, 2, layout.length, 12) + 1 for _ in range(3))
+    turned = quantize_attention(q, k, v, layout, layout, "tile", hadamard=True)
+    plain = quantize_attention(q, k, v, layout, layout, "tile")
+    expected = quantize_tokens(rotate(k - plain.k_mean), layout, "tile")
+    assert torch.equal(turned.k.values.float(), expected.values.float())
+    assert torch.equal(turned.k.scales, expected.scales)
+    assert torch.equal(turned.q.values.float(), quantize_tokens(rotate(q), layout, "tile").values.float())
+    assert torch.equal(turned.lse_shift(q, 0.5), plain.lse_shift(q, 0.5))
+    assert torch.equal(turned.v.values.float(), plain.v.values.float())
 
 
 def test_bad_arguments() -> None:

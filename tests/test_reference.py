@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from fpscompile.hadamard import unrotate
 from fpscompile.kernel_spec import tile_slots
 from fpscompile.masks import BlockMask, expand_mask
 from fpscompile.plan import PhasePlan, Plan, ResolvedPlan, resolve
@@ -174,8 +175,9 @@ def contract_row(q_row, k_hat, v_hat, slots: list[int], bias, scale: float, bloc
     ("block_n", "tile", "p_scale"), [(16, (2, 2, 3), 256.0), (32, (1, 2, 3), 448.0), (16, (3, 3, 3), 256.0)]
 )
 @pytest.mark.parametrize("mask", ["none", "float"])
-def test_fp8_follows_the_contract(block_n: int, tile, p_scale: float, mask: str) -> None:
-    resolved = resolved_plan(3, 2, tile=tile, quant="fp8", block_n=block_n, p_scale=p_scale)
+@pytest.mark.parametrize("before", [{}, {"smooth_v": True, "hadamard": True}], ids=["plain", "smooth_v hadamard"])
+def test_fp8_follows_the_contract(block_n: int, tile, p_scale: float, mask: str, before: dict[str, bool]) -> None:
+    resolved = resolved_plan(3, 2, tile=tile, quant="fp8", block_n=block_n, p_scale=p_scale, **before)
     q, k, v = (
         x.detach() * 3 for x in inputs(resolved, seed=block_n, batch=1, heads=2, key_heads=1, dim=4, value_dim=2)
     )
@@ -183,7 +185,9 @@ def test_fp8_follows_the_contract(block_n: int, tile, p_scale: float, mask: str)
     scale = 0.5
     out, lse = attention(q, k, v, resolved=resolved, phase=[0], key_mask=key_mask, scale=scale)
 
-    fp8 = quantize_attention(q, k, v, resolved.q_layout, resolved.k_layout, "tile", key_mask=key_mask)
+    fp8 = quantize_attention(q, k, v, resolved.q_layout, resolved.k_layout, "tile", key_mask=key_mask, **before)
+    v_mean = torch.zeros(2) if fp8.v_mean is None else fp8.v_mean[0, 0, 0]
+    assert fp8.v_mean is None or v_mean.abs().min() > 1e-3
     q_hat, k_hat, v_hat = fp8.q.dequantize()[0], fp8.k.dequantize()[0, 0], fp8.v.dequantize()[0, 0]
     bias = torch.zeros(1, 2, 1, k.shape[2]) if key_mask is None else key_mask
     slots = resolved.k_layout.slots(tile_slots(tile, block_n))
@@ -196,9 +200,8 @@ def test_fp8_follows_the_contract(block_n: int, tile, p_scale: float, mask: str)
             expected, expected_lse = contract_row(
                 q_hat[head, token], k_hat, v_hat, listed, bias[0, head, 0], scale, block_n, p_scale
             )
-            torch.testing.assert_close(
-                out[0, head, token], torch.tensor(expected, dtype=torch.float64), rtol=1e-10, atol=1e-12
-            )
+            expected = torch.tensor(expected, dtype=torch.float64) + v_mean
+            torch.testing.assert_close(out[0, head, token], expected, rtol=1e-10, atol=1e-12)
             shift = scale * float(q[0, head, token] @ fp8.k_mean[0, 0, 0])
             assert float(lse[0, head, token]) == pytest.approx(expected_lse + shift, abs=1e-10)
 
@@ -240,26 +243,58 @@ def test_smoothing_makes_fp8_blind_to_a_common_key() -> None:
     assert relative(attention(q, k + common, v, resolved=rough, phase=[0], scale=0.25)[0], out) > 0.01
 
 
-@pytest.mark.parametrize("smooth_k", [True, False])
-def test_fp8_gradients_are_straight_through(smooth_k: bool) -> None:
-    resolved = resolved_plan(2, 3, quant="fp8", smooth_k=smooth_k, phases=(PhasePlan(density=1.0),))
-    q, k, v = inputs(resolved, seed=8, batch=1, heads=2, key_heads=2)
+def test_a_mean_of_v_costs_nothing_with_smoothing() -> None:
+    """The mean is added back whole: no output depends on it beyond float rounding, but those that see no key are 0."""
+    resolved = resolved_plan(quant="fp8", smooth_v=True)
+    q, k, v = (x.detach() for x in inputs(resolved, seed=12))
+    v = v - v.mean(2, keepdim=True)
+    common = torch.linspace(-40, 50, 6, dtype=torch.float64)
+    key_mask = torch.ones(2, 1, 1, k.shape[2], dtype=torch.bool)
+    key_mask[1] = False
+    out, lse = attention(q, k, v, resolved=resolved, phase=[0], key_mask=key_mask)
+    moved, moved_lse = attention(q, k, v + common, resolved=resolved, phase=[0], key_mask=key_mask)
+    torch.testing.assert_close(moved[0], out[0] + common, rtol=1e-10, atol=1e-10)
+    assert not moved[1].any()
+    assert torch.equal(lse, moved_lse)
+    rough, _ = attention(q, k, v + common, resolved=resolved_plan(quant="fp8"), phase=[0])
+    assert (rough[0] - common - out[0]).norm() > 0.5 * out[0].norm()
+
+
+def test_rotating_changes_rounding_only() -> None:
+    resolved, turned = resolved_plan(quant="fp8"), resolved_plan(quant="fp8", hadamard=True)
+    q, k, v = (x.detach() for x in inputs(resolved, seed=13, dim=12))
+    exact, exact_lse = attention(q, k, v, resolved=resolved_plan(), phase=[1])
+    out, lse = attention(q, k, v, resolved=turned, phase=[1])
+    assert 1e-3 < relative(out, exact) < 0.06
+    assert (lse - exact_lse).abs().max() < 0.15
+    assert relative(out, attention(q, k, v, resolved=resolved, phase=[1])[0]) > 1e-3
+
+
+@pytest.mark.parametrize("smooth", [True, False])
+@pytest.mark.parametrize("hadamard", [True, False])
+def test_fp8_gradients_are_straight_through(smooth: bool, hadamard: bool) -> None:
+    before = {"smooth_k": smooth, "smooth_v": smooth, "hadamard": hadamard}
+    resolved = resolved_plan(2, 3, quant="fp8", phases=(PhasePlan(density=1.0),), **before)
+    q, k, v = inputs(resolved, seed=8, batch=1, heads=2, key_heads=2, dim=7)
     scale = 0.35
     out, _ = attention(q, k, v, resolved=resolved, phase=[0], scale=scale)
     grad = torch.randn(out.shape, dtype=out.dtype)
     dq, dk, dv = torch.autograd.grad(out, (q, k, v), grad)
     with torch.no_grad():
-        fp8 = quantize_attention(q, k, v, resolved.q_layout, resolved.k_layout, "tile", smooth_k=smooth_k)
+        fp8 = quantize_attention(q, k, v, resolved.q_layout, resolved.k_layout, "tile", **before)
         q_hat, k_hat, v_hat = fp8.q.dequantize(), fp8.k.dequantize(), fp8.v.dequantize()
+        if hadamard:
+            q_hat, k_hat = unrotate(q_hat, 8), unrotate(k_hat, 8)
         p = torch.softmax(q_hat @ k_hat.mT * scale, -1)
         dp = grad @ v_hat.mT
         ds = p * (dp - (p * dp).sum(-1, keepdim=True))
-        torch.testing.assert_close(dq, scale * ds @ k_hat, rtol=1e-10, atol=1e-12)
-        torch.testing.assert_close(dk, scale * ds.mT @ q_hat, rtol=1e-10, atol=1e-12)
+        torch.testing.assert_close(dq, (scale * ds @ k_hat)[..., :7], rtol=1e-10, atol=1e-12)
+        torch.testing.assert_close(dk, (scale * ds.mT @ q_hat)[..., :7], rtol=1e-10, atol=1e-12)
         # dV sees the rounded P: its weights make the output, and differ from the softmax.
         assert 1e-4 < relative(dv, p.mT @ grad) < 0.05
         # sum(dO * out) = sum(V_hat * dV) holds for the rounded weights alone.
-        torch.testing.assert_close((v_hat * dv).sum(), (grad * out).sum(), rtol=1e-10, atol=1e-10)
+        centred = out if fp8.v_mean is None else out - fp8.v_mean
+        torch.testing.assert_close((v_hat * dv).sum(), (grad * centred).sum(), rtol=1e-10, atol=1e-10)
 
 
 def test_block_mask_override_per_head() -> None:

@@ -23,7 +23,8 @@ def test_header():
     assert text.split("\n\n", 1)[0] == (
         "// Rendered by fpscompile: block-sparse attention, forward, on a CPU.\n"
         '// spec: {"backward":false,"block_n":128,"dtype":"bfloat16","gqa_group":1,"granularities":["tile"],'
-        '"head_dim":64,"key_mask":"none","other_tokens":false,"p_scale":256.0,"quant":"none","smooth_k":true,'
+        '"hadamard":false,"head_dim":64,"key_mask":"none","other_tokens":false,"p_scale":256.0,"quant":"none",'
+        '"smooth_k":true,"smooth_v":false,'
         '"target":"cpu","tile":[2,4,4],"value_dim":72}\n'
         '// config: {"block_m":32,"block_n":512,"compute":"bfloat16"}\n'
         f"// template: cpp/attention.cpp.jinja sha256:{render.template_hash()}\n"

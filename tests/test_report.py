@@ -69,9 +69,10 @@ phase  progress    window (tiles)  of     density  granularity      tile
 1      [0.2, 0.8)  3x4x3           7x4x6  0.248    fp8 per subtile  2x8x8
 2      [0.8, 1]    1x4x5           7x4x6  0.149    fp8 per tile     2x8x8
 
-grid      published by fpscompile.attach
-progress  unknown: every step runs phase 1, the densest. Wrap the loop in fpscompile.attach(model), or name the timestep
-          input in options["timestep"]""",
+grid          published by fpscompile.attach
+progress      unknown: every step runs phase 1, the densest. Wrap the loop in fpscompile.attach(model), or name the
+              timestep input in options["timestep"]
+quantization  fp8, K without its mean""",
     )
 
 

@@ -15,12 +15,13 @@ from torch import fx, nn
 
 from fpscompile.attach import attach
 from fpscompile.backend import Backend
+from fpscompile.capture import captured, original
 from fpscompile.errors import OptionError
 from fpscompile.passes.base import module_path
 from fpscompile.plan import Plan, ResolvedPlan, resolve
 from fpscompile.schedule import Phase, Schedule
 from fpscompile.settings import Settings
-from fpscompile.tuning.capture import captured, named_arguments, original
+from fpscompile.tuning.capture import named_arguments
 
 logger = logging.getLogger("fpscompile.calibration")
 

@@ -38,6 +38,10 @@ SERIALIZED = re.compile(r".*\(C75\d\d\).*")
 """ptxas's way of saying that asynchronous matrix products (wgmma) will wait for one another."""
 
 
+TOOL_SECONDS = 600
+"""After which a program of Triton's wheel is taken to hang."""
+
+
 class BinaryError(FpsError, RuntimeError):
     """A kernel that does not compile for a target, or compiles into something that must not be shipped."""
 
@@ -290,13 +294,16 @@ def inspect_artifacts(artifacts: Artifacts, *, allow_flaws: bool = False) -> Bin
     )
 
 
-_checked: set[str] = set()
+_checked: dict[str, str | None] = {}
+"""Hash of a kernel that was launched in this process to what is wrong with it; None where nothing is known to be."""
 
 
 def refuse_damaged(compiled: Any) -> None:
     """Look once at a kernel that Triton has just launched on this machine.
 
     What ptxas damages depends on every argument's type and divisibility, so that no list of tested cases is complete.
+    Only damage that was positively recognised is an error. Whatever keeps this function from looking (another Triton,
+    a missing tool, machine code that it cannot read) is one warning per kernel, and the launch stands.
 
     Args:
         compiled: what ``kernel[grid](...)`` returned; None, from the interpreter, is fine.
@@ -304,28 +311,46 @@ def refuse_damaged(compiled: Any) -> None:
     Raises:
         BinaryError: its matrix products read other memory than they were told to.
     """
-    if compiled is None or compiled.hash in _checked:
+    if compiled is None:
         return
-    _checked.add(compiled.hash)
+    key = _attribute(compiled, "hash") or str(type(compiled))
+    if key not in _checked:
+        try:
+            damage = _damage_of(compiled)
+        except Exception as error:
+            log.warning("the machine code of %s could not be checked: %r", _name_of(compiled), error)
+            damage = None
+        _checked[key] = damage
+    if _checked[key] is not None:
+        raise BinaryError(
+            f"ptxas damaged the kernel {_name_of(compiled)}, whose results would be wrong; choose another tile, "
+            f"lowering='boxes', or lowering='gather' with quant='fp8'. {_checked[key]}"
+        )
+
+
+def _damage_of(compiled: Any) -> str | None:
+    """What is certainly wrong with a ``triton.compiler.CompiledKernel``; any error where it is nothing like one."""
     target = compiled.metadata.target
     if (target.backend, target.arch) != ("cuda", 90):
-        return
-    try:
-        listing = _disassemble(compiled.asm["cubin"])
-    except BinaryError as error:
-        log.warning("the machine code of %s could not be checked: %s", compiled.metadata.name, error)
-        return
-    found = descriptors.findings(assembly.parse_sass(listing), compiled.asm["ptx"])
+        return None
+    instructions = assembly.parse_sass(_disassemble(compiled.asm["cubin"]))
+    found = descriptors.findings(instructions, compiled.asm["ptx"])
     for item in found:
         if not item.certain:
-            log.debug("%s: %s", compiled.metadata.name, item.text)
-    certain = [item.text for item in found if item.certain]
-    if certain:
-        _checked.discard(compiled.hash)  # the next launch is refused, too
-        raise BinaryError(
-            f"ptxas damaged the kernel {compiled.metadata.name}, whose results would be wrong; choose another tile, "
-            f"lowering='boxes', or lowering='gather' with quant='fp8'. {certain[0]}"
-        )
+            log.debug("%s: %s", _name_of(compiled), item.text)
+    return next((item.text for item in found if item.certain), None)
+
+
+def _name_of(compiled: Any) -> str:
+    return _attribute(compiled, "name") or type(compiled).__name__
+
+
+def _attribute(compiled: Any, name: str) -> str:
+    """As text; empty where there is none."""
+    try:
+        return str(getattr(compiled, name, None) or "")
+    except Exception:  # a property may fail in its own way
+        return ""
 
 
 def tool(name: str) -> str:
@@ -367,7 +392,10 @@ def _ptxas_log(ptx: str, target: str) -> str:
 
 def _run(command: list[str]) -> str:
     """Standard output and error of a command."""
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=TOOL_SECONDS)
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise BinaryError(f"{' '.join(command)} could not be run: {error}") from error
     if done.returncode:
         raise BinaryError(f"{' '.join(command)} failed with {done.returncode}:\n{done.stderr[-4000:]}")
     return done.stdout + done.stderr

@@ -46,7 +46,7 @@ class Finding:
 
     text: str
     certain: bool
-    """False where its descriptors could not be followed."""
+    """False where its descriptors could not be followed, or those of the PTX not understood."""
 
 
 def findings(instructions: Sequence[Instruction], ptx: str) -> tuple[Finding, ...]:
@@ -103,6 +103,8 @@ def _finding(
     first = int(place[1])
     in_registers = bool(re.match(r"R\d+, R\d+", instruction.operands))
     known = wanted.get((shape[1], in_registers), set())
+    # No descriptor has an upper word of zero: one of the PTX that seems to was computed in a way not known here.
+    understood = bool(known) and all(constant // WORD for constants in known for constant in constants)
     # Four registers: the descriptor of A, then that of B. Where A is in registers, the first two mean nothing.
     pairs = [first + 2] if in_registers else [first, first + 2]
     words = [states.get(f"UR{pair + i}", frozenset((ANY,))) for pair in pairs for i in (0, 1)]
@@ -111,7 +113,7 @@ def _finding(
         found = list(zip(choice[::2], choice[1::2], strict=True))
         if any(all(map(_is, found, constants)) for constants in known):
             continue
-        certain = not any(all(map(_may_be, found, constants)) for constants in known)
+        certain = understood and not any(all(map(_may_be, found, constants)) for constants in known)
         if worst is None or (certain and not worst.certain):
             text = "; ".join(f"{low[0]:#x} to {low[1]:#x}, {high[0]:#x} to {high[1]:#x}" for low, high in found)
             worst = Finding(

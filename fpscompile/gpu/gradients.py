@@ -35,6 +35,7 @@ from fpscompile.gpu.binary import refuse_damaged
 from fpscompile.gpu.config import padded
 from fpscompile.gpu.operands import KeyBias, Packed
 from fpscompile.gpu.tables import Tables, row_blocks, tables_of
+from fpscompile.hadamard import unrotate
 from fpscompile.kernel_spec import KernelSpec
 from fpscompile.lowerings import triton as lowering
 from fpscompile.masks import BlockMask
@@ -103,6 +104,8 @@ def default_config(spec: KernelSpec) -> GradientConfig:
     crowded = spec.key_mask != "none" or (spec.quant == "fp8" and "subtile" in spec.granularities)
     crowded = crowded or spec.tile_slots < spec.block_n or spec.gqa_group > 1
     chosen = _CROWDED.get((unit, spec.quant, size)) if crowded else None
+    if crowded and spec.target == "cuda:120" and (spec.quant, size) == ("fp8", 0):
+        chosen = (128, 32, 8, 2, 64, 16, 8, 2)  # with steps of 32 queries, sm_120 spills 12 to 24 bytes; sm_89 does not
     if spec.tile_slots < spec.block_n and (unit, spec.quant, size) == ("wgmma", "none", 1):
         chosen = (128, 64, 8, 2, 128, 32, 8, 2)  # four warps work on the 64 keys of a tile
     return GradientConfig(*(chosen or _FITTING[unit, spec.quant][size]))
@@ -142,6 +145,8 @@ def backward(
     dq, dk, dv = (x.new_empty(x.shape[0], x.shape[2], x.shape[1], x.shape[3]) for x in (q, k, v))
     if lse.numel() == 0 or k.shape[2] == 0:
         return dq.zero_().transpose(1, 2), dk.zero_().transpose(1, 2), dv.zero_().transpose(1, 2)
+    if spec.hadamard:  # the kernels' products are those of rotated tokens
+        dq, dk = (x.new_empty(*x.shape[:3], spec.product_dim, dtype=torch.float32) for x in (dq, dk))
     phase = lowering._phase(phases, q.device)
     tables = tables_of(resolved, q.device, block_mask)
     grad_out, lse = grad_out.to(q.dtype), lse.contiguous()
@@ -155,6 +160,8 @@ def backward(
             grad_out, q, k, v, out, lse, dq, dk, dv, packed, bias, phase, resolved, tables, spec, config, scale
         ):
             refuse_damaged(launch.kernel[launch.grid](*launch.args, **launch.options))
+    if spec.hadamard:
+        dq, dk = (unrotate(x, q.shape[-1]).to(q.dtype).contiguous() for x in (dq, dk))
     return dq.transpose(1, 2), dk.transpose(1, 2), dv.transpose(1, 2)
 
 
@@ -186,7 +193,8 @@ def launches(
     config: GradientConfig,
     scale: float,
 ) -> Iterator[Launch]:
-    """What :func:`backward` runs, in order; dq, dk and dv are contiguous [B, L, H, D].
+    """What :func:`backward` runs, in order; dq, dk and dv are contiguous [B, L, H, D], rotated (and float32)
+    where the spec rotates Q and K.
 
     Tensors may be on the meta device, for a compiler that looks at launches without a GPU.
     """

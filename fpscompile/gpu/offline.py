@@ -73,13 +73,15 @@ def gradient_artifacts(spec: KernelSpec, config: gradients.GradientConfig | None
             (heads, spec.head_dim), (key_heads, spec.head_dim), (key_heads, spec.value_dim), (heads, spec.value_dim),
         )
     )  # fmt: skip
-    grads = (sequence(heads, spec.head_dim), sequence(key_heads, spec.head_dim), sequence(key_heads, spec.value_dim))
+    dq, dk = (sequence(n, spec.product_dim) for n in (heads, key_heads))
+    dq, dk = (x.float() if spec.hadamard else x for x in (dq, dk))
+    dv = sequence(key_heads, spec.value_dim)
     lse = torch.empty(batch, heads, LENGTH, device="meta")
     mask = _mask(spec)
     bias = None if mask is None else _bias(tables)
     packed = _pack(spec, q, k, v, mask, tables, render.load("quantize", spec)) if spec.quant == "fp8" else None
     launches = gradients.launches(
-        out, q, k, v, out, lse, *grads, packed, bias, torch.zeros(1, dtype=torch.int32), resolved, tables, spec,
+        out, q, k, v, out, lse, dq, dk, dv, packed, bias, torch.zeros(1, dtype=torch.int32), resolved, tables, spec,
         config or gradients.default_config(spec), spec.head_dim**-0.5,
     )  # fmt: skip
     found: dict[str, binary.Artifacts] = {}
@@ -117,7 +119,8 @@ def _problem(spec: KernelSpec) -> tuple[ResolvedPlan, Tables]:
     """The representative grid under a spec's tiles, on the CPU."""
     names = spec.granularities
     phases = tuple(PhasePlan(density=0.25, granularity=names[i % len(names)]) for i in range(PHASES))
-    plan = Plan(tile=spec.tile, phases=phases, quant=spec.quant, smooth_k=spec.smooth_k, block_n=spec.block_n)
+    smoothing = {name: getattr(spec, name) for name in ("smooth_k", "smooth_v", "hadamard")}
+    plan = Plan(tile=spec.tile, phases=phases, quant=spec.quant, block_n=spec.block_n, **smoothing)
     resolved = resolve(plan, GRID, LENGTH, LENGTH)
     return resolved, tables_of(resolved, torch.device("cpu"))
 
@@ -173,6 +176,7 @@ def _hopper_artifacts(spec: KernelSpec, config: KernelConfig) -> binary.Artifact
         q_scale=empty(torch.float32, 1, heads, tiles, runs),
         k_scale=empty(torch.float32, 1, key_heads, tiles, runs),
         v_scale=empty(torch.float32, 1, key_heads, dvp),
+        v_mean=empty(torch.float32, 1, key_heads, dvp) if spec.smooth_v else None,
         lse_shift=empty(torch.float32, 1, heads, tiles * slots) if spec.smooth_k else None,
     )
     keys = SimpleNamespace(
@@ -222,6 +226,7 @@ def arguments(kernel: Any, spec: KernelSpec, module: ModuleType) -> list[Any]:
     values: dict[str, Any] = {
         f"{name}_ptr": torch.empty(0, dtype=dtype, device="meta") for dtype, names in pointers for name in names.split()
     }
+    values["v_mean_ptr"] = torch.empty(0, dtype=torch.float32, device="meta") if spec.smooth_v else None
     for name, dim in (("q", spec.head_dim), ("k", spec.head_dim), ("v", spec.value_dim), ("out", spec.value_dim)):
         heads = HEADS if name in ("q", "out") else HEADS // spec.gqa_group
         values |= {

@@ -1,8 +1,8 @@
 """The packed operands of a GPU kernel: what the pre-pass makes of q, k and v, one trip through memory each.
 
-K's mean and V's maxima take a first look at K and V; everything else happens tile by tile. Regions larger than a
-tile ("head", "tensor") need the maxima of all tiles before the first value can be written: one more look, taken only
-where some phase of the plan asks for it.
+The means of K and V and V's maxima take a first look at K and V; everything else happens tile by tile. Regions larger
+than a tile ("head", "tensor") need the maxima of all tiles before the first value can be written: one more look, taken
+only where some phase of the plan asks for it.
 """
 
 from __future__ import annotations
@@ -50,6 +50,8 @@ class Packed:
     """float32 [B, H, q_slots]: what smoothing K took from the scores of each query; None without smoothing."""
     k_mean: torch.Tensor | None
     """float32 [B, Hk, DP]; None without smoothing."""
+    v_mean: torch.Tensor | None = None
+    """float32 [B, Hk, DVP]: what was subtracted from V; None without smoothing."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -91,12 +93,13 @@ def pack(
     visible = visible_keys(key_mask, batch, key_heads, heads)
     if visible is not None:
         visible = visible.to(torch.uint8).contiguous()
-    mean, v_scale = _statistics(module, k, v, visible, spec, dp, dvp)
+    mean, v_mean, v_scale = _statistics(module, k, v, visible, spec, dp, dvp)
+    values = (v, v_scale) if v_mean is None else (v, v_mean, v_scale)
 
     v8 = torch.empty(batch, key_heads, dvp, tables.k_slots, dtype=fp8, device=v.device)
     columns = min(tables.slots & -tables.slots, 128, render.HELD // dvp)  # a power of two that divides the tile
     module.quantize_values[(tables.k_slots // columns, key_heads, batch)](
-        v, v_scale, tables.k_token, visible, v8, *v.stride(), key_heads, k_length, v.shape[-1], tables.k_slots,
+        *values, tables.k_token, visible, v8, *v.stride(), key_heads, k_length, v.shape[-1], tables.k_slots,
         HAS_VISIBLE=visible is not None, DVP=dvp, N=columns, num_warps=8 if columns * dvp >= render.HELD else 4,
     )  # fmt: skip
 
@@ -105,7 +108,7 @@ def pack(
     common = (module, phase, region, granularities, spec, fp8)
     q8, q_scale, shift = _tokens(*common, q, tables.q_token, None, mean, None, scale, dp)
     k8, k_scale, _ = _tokens(*common, k, tables.k_token, mean, None, visible, scale, dp)
-    return Packed(q8, k8, v8, q_scale, k_scale, v_scale, None if mean is None else shift, mean)
+    return Packed(q8, k8, v8, q_scale, k_scale, v_scale, None if mean is None else shift, mean, v_mean)
 
 
 def _statistics(
@@ -116,23 +119,25 @@ def _statistics(
     spec: KernelSpec,
     dp: int,
     dvp: int,
-) -> tuple[torch.Tensor | None, torch.Tensor]:
-    """(K's mean [B, Hk, DP] or None, V's scales [B, Hk, DVP])."""
+) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor]:
+    """(K's mean [B, Hk, DP] or None, V's mean [B, Hk, DVP] or None, V's scales [B, Hk, DVP])."""
     batch, key_heads, length, _ = k.shape
     splits = -(-length // SPLIT_TOKENS)
     sums = torch.empty(batch, key_heads, splits, dp, device=k.device)
-    maxima = torch.empty(batch, key_heads, splits, dvp, device=k.device)
+    found = [torch.empty(batch, key_heads, splits, dvp, device=k.device) for _ in range(3 if spec.smooth_v else 1)]
     module.key_statistics[(splits, batch * key_heads)](
-        k, v, visible, sums, maxima, *k.stride(), *v.stride(), key_heads, length, k.shape[-1], v.shape[-1],
+        k, v, visible, sums, *found, *k.stride(), *v.stride(), key_heads, length, k.shape[-1], v.shape[-1],
         SPLIT_TOKENS, HAS_VISIBLE=visible is not None, DP=dp, DVP=dvp, **STATISTICS,
     )  # fmt: skip
-    v_scale = _scale(maxima.amax(2), spec)
-    if not spec.smooth_k:
-        return None, v_scale
-    total = sums.sum(2)
-    if visible is None:
-        return total / length, v_scale
-    return total / visible.sum(-1, dtype=torch.float32).clamp(min=1.0).unsqueeze(-1), v_scale
+    tokens = length if visible is None else visible.sum(-1, dtype=torch.float32).clamp(min=1.0).unsqueeze(-1)
+    k_mean = sums.sum(2) / tokens if spec.smooth_k else None
+    if not spec.smooth_v:
+        return k_mean, None, _scale(found[0].amax(2), spec)
+    v_sums, high, low = found
+    v_mean = v_sums.sum(2) / tokens
+    # Rounding is monotonic: the largest of all |v - mean|, to the bit. Below zero where no key is visible.
+    reach = torch.maximum(high.amax(2) - v_mean, v_mean - low.amin(2)).clamp(min=0.0)
+    return k_mean, v_mean, _scale(reach, spec)
 
 
 def _scale(amax: torch.Tensor, spec: KernelSpec) -> torch.Tensor:

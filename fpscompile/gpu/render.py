@@ -26,6 +26,7 @@ import torch
 
 from fpscompile.gpu.config import KernelConfig, padded, rows_of
 from fpscompile.gpu.interpreter import interpreting
+from fpscompile.hadamard import sign_bits
 from fpscompile.kernel_spec import KernelSpec
 from fpscompile.quant import SUBTILE
 
@@ -84,6 +85,7 @@ def _render(template: str, spec: KernelSpec, config: KernelConfig | None) -> str
     subtile = spec.quant == "fp8" and "subtile" in spec.granularities and slots >= SUBTILE
     unit = min(slots, spec.block_n)
     block_m = 0 if config is None else rows_of(config, spec)
+    rotation = spec.product_dim if spec.quant == "fp8" and spec.hadamard else 0
     values: dict[str, Any] = {
         "header": header(template, spec, config),
         "slots": slots,
@@ -97,12 +99,18 @@ def _render(template: str, spec: KernelSpec, config: KernelConfig | None) -> str
         else min(math.log2(spec.p_scale), shift),
         "quant": spec.quant == "fp8",
         "shifted": spec.quant == "fp8" and spec.smooth_k,
+        "smooth_v": spec.quant == "fp8" and spec.smooth_v,
+        "rotation": rotation,
+        "apart": [2**stage for stage in range(max(rotation.bit_length() - 1, 0))],
+        "sign_bits": sign_bits(rotation) if rotation else 0,
+        "rotation_factor": rotation**-0.5 if rotation else 1.0,
+        "turned": "turned" if rotation else "x",
         "bias": spec.key_mask != "none",
         "block_m": block_m,
         "block_n": spec.block_n,
         "unit": unit,
         "scalar_factor": unit == spec.block_n and not subtile,
-        "head_dim": spec.head_dim,
+        "head_dim": spec.product_dim,
         "value_dim": spec.value_dim,
         "dp": padded(spec.head_dim),
         "dvp": padded(spec.value_dim),

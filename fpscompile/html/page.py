@@ -191,7 +191,7 @@ def _plan(report: Report, group: SiteGroup, groups: list[SiteGroup]) -> PlanView
             ("calls", f"{calls} ({', '.join(g.name for g in alike)})"),
             ("tile", f"{grid_text(plan.tile, '×')} tokens"),
             ("lowering", site.lowering or "-"),
-            ("quantization", plan.quant),
+            ("quantization", words.quant_text(plan)),
         ),
         timeline=svg_masks.timeline(bars, group.mean_density),
         only_phase=group.share.index(1.0) if unknown else None,

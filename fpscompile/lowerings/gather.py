@@ -19,6 +19,7 @@ from dataclasses import dataclass
 import torch
 
 from fpscompile.errors import UnsupportedError
+from fpscompile.hadamard import unrotate
 from fpscompile.kernel_spec import tile_slots
 from fpscompile.masks import BlockMask
 from fpscompile.plan import ResolvedPlan
@@ -68,7 +69,7 @@ class _Element:
     """One batch element, in the dtype of the arithmetic; dequantized when the plan quantizes."""
 
     q: torch.Tensor
-    """[H, Lq, D], times the softmax scale."""
+    """[H, Lq, D], times the softmax scale. D is that of the rotated features where the plan rotates."""
     k: torch.Tensor
     """[Hk, k_tiles + 1, slots, D]."""
     v: torch.Tensor
@@ -79,6 +80,8 @@ class _Element:
     """Whether ``bias`` holds more than empty slots."""
     lse_shift: torch.Tensor | None
     """[H, Lq], or None."""
+    v_mean: torch.Tensor | None = None
+    """[Hk, 1, Dv]: what ``v`` is without, or None."""
 
 
 @torch.no_grad()
@@ -126,6 +129,9 @@ def forward(
                 total = weights.sum(-1, keepdim=True)
                 sums = (maximum + total.log()).squeeze(-1)
                 result = (weights @ values).div_(total.masked_fill(total == 0, 1.0))
+            if element.v_mean is not None:
+                mean = element.v_mean[part.keys].unsqueeze(1)  # [key heads, 1, 1, Dv]
+                result = result + mean.masked_fill((sums == NEG_INF).unsqueeze(-1), 0.0)
             if element.lse_shift is not None:
                 sums = sums + _take(element.lse_shift[part.queries].unsqueeze(-1), chunk, part).squeeze(-1)
             _put(out[b, part.queries], result, chunk, part)
@@ -157,6 +163,7 @@ def backward(
         The rest as in :func:`forward`.
     """
     dtype = work_dtype(q.dtype)
+    rotated = resolved.plan.quant == "fp8" and resolved.plan.hadamard
     dq, dk, dv = (_empty(x.shape, x) for x in (q, k, v))
     for b, element, pieces in _work(q, k, v, key_mask, phases, resolved, scale, block_mask):
         dk_slots, dv_slots = torch.zeros_like(element.k), torch.zeros_like(element.v)
@@ -175,10 +182,12 @@ def backward(
             # cancels only while rows of dS sum to zero, would amplify it.
             delta = (softmax * d_weights).sum(-1, keepdim=True)
             d_scores = d_weights.sub_(delta).mul_(softmax)
-            _put(dq[b, part.queries], (d_scores @ keys).mul_(scale), chunk, part)
+            d_queries = (d_scores @ keys).mul_(scale)
+            _put(dq[b, part.queries], unrotate(d_queries, q.shape[-1]) if rotated else d_queries, chunk, part)
             _add_listed(dk_slots[part.keys], d_scores.mT @ queries, chunk)  # the queries carry the softmax scale
             _add_listed(dv_slots[part.keys], weights.mT @ grad, chunk)
-        dk[b] = _from_slots(dk_slots, resolved.k_layout)
+        d_keys = _from_slots(dk_slots, resolved.k_layout)
+        dk[b] = unrotate(d_keys, k.shape[-1]) if rotated else d_keys
         dv[b] = _from_slots(dv_slots, resolved.k_layout)
     return dq, dk, dv
 
@@ -294,13 +303,14 @@ def _element(
     one = slice(b, b + 1)
     if key_mask is not None:
         key_mask = key_mask[one] if key_mask.shape[0] > 1 else key_mask
-    shift = None
+    shift = v_mean = None
     if plan.quant == "fp8":
         fp8 = quantize_attention(
             q[one], k[one], v[one], resolved.q_layout, layout, plan.phases[phase].granularity,
-            smooth_k=plan.smooth_k, key_mask=key_mask,
+            smooth_k=plan.smooth_k, smooth_v=plan.smooth_v, hadamard=plan.hadamard, key_mask=key_mask,
         )  # fmt: skip
         shift = fp8.lse_shift(q[one].to(dtype), scale)
+        v_mean = None if fp8.v_mean is None else fp8.v_mean[0]
         q_b, k_b, v_b = fp8.q.dequantize()[0], fp8.k.dequantize()[0], fp8.v.dequantize()[0]
     else:
         q_b, k_b, v_b = q[b].to(dtype), k[b].to(dtype), v[b].to(dtype)
@@ -317,6 +327,7 @@ def _element(
         _to_slots(bias, layout, slots, NEG_INF).squeeze(-1),
         key_mask is not None,
         None if shift is None else shift[0],
+        v_mean,
     )
 
 

@@ -1,8 +1,8 @@
 """The generated Triton kernels: FP8 per 3D tile or unquantized, block-sparse, on a GPU.
 
-``quant="fp8"``: a pre-pass smooths, quantizes and permutes q, k and v into slot order; one kernel attends over the
-listed key units and scatters its rows back to the sequence. ``quant="none"``: the kernel gathers rows itself. The phase
-is read on the device, so a call never waits for the GPU and a captured CUDA graph follows the denoising step.
+``quant="fp8"``: a pre-pass smooths, rotates, quantizes and permutes q, k and v into slot order; one kernel attends over
+the listed key units and scatters its rows back to the sequence. ``quant="none"``: the kernel gathers rows itself. The
+phase is read on the device, so a call never waits for the GPU and a captured CUDA graph follows the denoising step.
 
 Without a GPU the same kernels run in Triton's interpreter (``TRITON_INTERPRET=1``, set before the process starts):
 slow, and meant for tests and readers.
@@ -136,7 +136,7 @@ def forward(
             inputs: tuple[object, ...] = (q, k, v, out, lse, tables.k_token, *q.stride(), *k.stride(), *v.stride())
             if packed is not None:
                 inputs = (packed.q, packed.k, packed.v, out, lse)
-                inputs += (packed.q_scale, packed.k_scale, packed.v_scale, packed.lse_shift)
+                inputs += (packed.q_scale, packed.k_scale, packed.v_scale, packed.v_mean, packed.lse_shift)
             if bias is not None:
                 inputs += (bias.bias, bias.state, *_strides(bias.bias), *_strides(bias.state))
             _launch(spec, config, inputs, resolved, tables, phase, batch, heads, length, scale)
@@ -270,6 +270,8 @@ def _spec(target: str, dtype: str, head_dim: int, value_dim: int, plan: Plan, ma
         quant=plan.quant,
         granularities=tuple(sorted({phase.granularity for phase in plan.phases})) if plan.quant == "fp8" else ("tile",),
         smooth_k=plan.smooth_k,
+        smooth_v=plan.smooth_v and plan.quant == "fp8",
+        hadamard=plan.hadamard and plan.quant == "fp8",
         block_n=plan.block_n,
         p_scale=plan.p_scale,
         key_mask="float" if masked else "none",  # a bool mask arrives as a term of the scores

@@ -21,7 +21,8 @@ from fpscompile.quant import quantize_attention
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 8e-3, torch.float16: 1e-3}
-TOLERANCE_FP8 = {torch.float32: 5e-3, torch.bfloat16: 8e-3, torch.float16: 5e-3}
+TOLERANCE_FP8 = 5e-3
+"""Of every dtype. A bfloat16 output is itself rounded by 1.7e-3, and P may round the other way at ties: seen 1.7e-3."""
 
 PHASES = (
     PhasePlan(window=(1, 2, 2), granularity="subtile"),
@@ -62,7 +63,7 @@ def check(resolved: ResolvedPlan, inputs, phases, *, key_mask=None, block_mask=N
     assert out.dtype == q.dtype
     assert out.transpose(1, 2).is_contiguous()
     assert out.isfinite().all()
-    tolerance = (TOLERANCE if resolved.plan.quant == "none" else TOLERANCE_FP8)[q.dtype]
+    tolerance = TOLERANCE[q.dtype] if resolved.plan.quant == "none" else TOLERANCE_FP8
     assert relative(out, expected) < tolerance
     empty = expected_lse == float("-inf")
     assert torch.equal(lse == float("-inf"), empty)

@@ -14,7 +14,7 @@ pytest.importorskip("triton")
 from binary_facts import check_golden, check_products, summary
 
 from fpscompile.gpu import binary, gradients, offline
-from fpscompile.gpu.config import default_config, shared_limit, why_invalid
+from fpscompile.gpu.config import KernelConfig, default_config, shared_limit, why_invalid
 from fpscompile.kernel_spec import KernelSpec
 
 TARGETS = ("cuda:80", "cuda:89", "cuda:90", "cuda:100", "cuda:120", "hip:gfx942", "hip:gfx950")
@@ -139,3 +139,23 @@ def test_the_prepass_does_not_spill(target: str, dim: int) -> None:
     for name, artifacts in offline.prepass_artifacts(spec).items():
         report = binary.inspect_artifacts(artifacts)
         assert report.spill_bytes == report.stack_bytes == 0, name
+
+
+@pytest.mark.parametrize("kind", ["tile", pytest.param("subtile", marks=pytest.mark.slow)])
+def test_a_prepass_that_rotates_does_not_spill(kind: str) -> None:
+    """On sm_90: also with V's mean; the rotation's steps pass values between threads."""
+    spec = spec_of("cuda:90", "fp8", 128, smooth_v=True, hadamard=True, **KINDS[kind])
+    for name, artifacts in offline.prepass_artifacts(spec).items():
+        report = binary.inspect_artifacts(artifacts)
+        assert report.spill_bytes == report.stack_bytes == 0, name
+
+
+def test_a_mean_of_v_and_a_rotation_leave_the_main_loops_alone() -> None:
+    plain = spec_of("cuda:90", "fp8", 64)
+    other = spec_of("cuda:90", "fp8", 64, smooth_v=True, hadamard=True)
+    for config in (default_config(plain), KernelConfig(128, 4, 0, "hopper")):
+        one, two = (offline.compile_forward(spec, config) for spec in (plain, other))
+        assert two.spill_bytes == two.stack_bytes == 0
+        assert two.main_loop.tensor == one.main_loop.tensor
+        assert abs(two.main_loop.total - one.main_loop.total) <= 8
+    check_resources(other)
