@@ -1,4 +1,4 @@
-"""Capture a model anew, beside whatever compiled code it already has: what explain, tuning and calibration look through."""
+"""Capture a model anew, beside whatever compiled code it already has: for explain, tuning and calibration."""
 
 from __future__ import annotations
 

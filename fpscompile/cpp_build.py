@@ -153,6 +153,7 @@ def build_ahead(source: str) -> threading.Thread | None:
     with _lock:
         if key in _loaded or key in _building:
             return None
+        _building[key] = threading.Lock()  # claimed here: the thread may start late, and the next layer asks at once
 
     def work() -> None:
         try:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from cpp_cases import FULL, WINDOW, check, make_inputs, make_mask, make_resolved, needs_kernel
+from cpp_cases import FULL, WINDOW, check, make_inputs, make_mask, make_resolved, need, needs_kernel
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
@@ -149,6 +149,8 @@ def test_rows_without_a_visible_key(quant):
 @pytest.mark.parametrize("where", ["q", "k", "v"])
 def test_nan_is_not_lost(quant, where):
     """Scales and means are shared, so a NaN spreads over their region; it must come out wherever it counts."""
+    if quant == "int8":
+        need("int8")
     resolved = make_resolved(WINDOW, quant=quant)
     tensors = dict(zip("qkv", make_inputs(resolved), strict=True))
     tensors[where][1, 0, 17, 3] = torch.nan
@@ -161,6 +163,7 @@ def test_nan_is_not_lost(quant, where):
 
 @needs_kernel
 def test_int8_threads_change_nothing():
+    need("int8")
     resolved = make_resolved(WINDOW, k_others=(1, 2), quant="int8")
     q, k, v = make_inputs(resolved)
     threads, results = torch.get_num_threads(), []
