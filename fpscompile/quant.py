@@ -243,7 +243,8 @@ def _visible(x: torch.Tensor, valid: torch.Tensor | None) -> torch.Tensor:
 
 def _scale(amax: torch.Tensor) -> torch.Tensor:
     # Tested after the division: a subnormal amax may have a scale of zero too. NaN must come through.
-    scale = amax / E4M3_MAX
+    # By a tensor: on a GPU torch multiplies by a number's inverse, which rounds some scales, and ties, another way.
+    scale = amax / torch.full_like(amax, E4M3_MAX)
     return scale.masked_fill(scale == 0, 1.0)
 
 

@@ -5,7 +5,8 @@ registers, spills, shared memory, warnings and the disassembly whose loops :mod:
 Arguments are described as at a launch; only their types and alignments matter, so tensors may be on the meta device.
 
 In a process that interprets kernels (``TRITON_INTERPRET=1``) Triton cannot compile; the work is then done by a second
-process without the variable, which stays for further requests.
+process without the variable, which stays for further requests. AMD's architectures have a process each in any case:
+Triton 3.6 chooses some of their conversions once, for the first architecture that a process compiles for.
 """
 
 from __future__ import annotations
@@ -137,8 +138,14 @@ def compile_artifacts(
         raise UnsupportedError(f"target {target!r} is not a GPU; write 'cuda:90' or 'hip:gfx942'")
     function = inspect.unwrap(getattr(kernel, "fn", kernel))
     options = dict(options or {})
-    if interpreting():
+    if interpreting() or family == "hip":
         return _in_another_process(function, list(args), options, target)
+    return _compile_here(kernel, args, options, target)
+
+
+def _compile_here(kernel: Any, args: Sequence[Any], options: dict[str, Any], target: str) -> Artifacts:
+    function = inspect.unwrap(getattr(kernel, "fn", kernel))
+    family, _, architecture = target.partition(":")
     try:
         return _compile(kernel, function, args, options, family, architecture)
     except Exception as error:
@@ -204,19 +211,21 @@ class _OtherProcess:
             raise BinaryError(f"the compiling process ended:\n{self.log.read()[-4000:].decode()}") from error
 
 
-_other_process: _OtherProcess | None = None
+_other_processes: dict[str, _OtherProcess] = {}
+"""By what they compile for: "cuda", or one of AMD's architectures."""
 _asking = threading.Lock()
 
 
 def _in_another_process(
     function: Callable[..., Any], args: list[Any], options: dict[str, Any], target: str
 ) -> Artifacts:
-    global _other_process
+    key = "cuda" if target.startswith("cuda:") else target
     with _asking:
-        if _other_process is None or _other_process.process.poll() is not None:
-            _other_process = _OtherProcess()
+        other = _other_processes.get(key)
+        if other is None or other.process.poll() is not None:
+            other = _other_processes[key] = _OtherProcess()
         source = inspect.getsourcefile(function)
-        answer = _other_process.ask((source, function.__name__, args, options, target))
+        answer = other.ask((source, function.__name__, args, options, target))
     if isinstance(answer, str):
         raise BinaryError(answer)
     return answer
@@ -235,7 +244,7 @@ def _serve() -> None:
         except EOFError:
             return
         try:
-            result: Any = binary.compile_artifacts(getattr(_import(path), name), args, options, target=target)
+            result: Any = binary._compile_here(getattr(_import(path), name), args, options, target)
         except Exception as error:
             result = str(error) if isinstance(error, FpsError) else repr(error)
         pickle.dump(result, answers)
