@@ -16,20 +16,21 @@ import dataclasses
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
+from rich.console import Console, Group
 from rich.table import Table
+from rich.text import Text
 
 from fpscompile.capture import captured, original
 from fpscompile.errors import FpsError
 from fpscompile.passes.base import GraphState
-from fpscompile.report import name_pattern
 from fpscompile.settings import Settings
+from fpscompile.site_groups import name_pattern
 from fpscompile.tuning import store
 from fpscompile.tuning.capture import Collector, problem_of, site_name
 from fpscompile.tuning.problem import Candidate, Problem
@@ -37,7 +38,7 @@ from fpscompile.tuning.signature import Signature
 from fpscompile.tuning.tuner import Tuned, Tuner, tuning_path
 
 REAL_CALLS = 3
-"""Calls of each shape by which another tile is judged, with ``tile="auto"``."""
+"""Sites of each signature, spread over the model, by whose call another tile is judged, with ``tile="auto"``."""
 
 
 @dataclass
@@ -92,10 +93,12 @@ class TuningReport:
             "declined": [{"site": name, "reason": reason} for name, reason in self.declined],
         }
 
-    def __rich__(self) -> Table:
+    def __rich__(self) -> Group:
         kept = f"kept in {self.path}" if not self.unsaved else f"not saved: {self.unsaved}"
         title = f"{self.measurements} measurements in {self.seconds:.1f} s, {kept}"
-        table = Table(title=title, title_justify="left")
+        if not self.groups and not self.declined:
+            return Group(Text("no 3D attention call was seen: fpscompile.explain says what became of each call"))
+        table = Table()
         for name in ("sites", "shape", "density", "kernel", "ms", "untuned ms", "speed-up", "error"):
             table.add_column(name, justify="right" if name not in ("sites", "shape", "kernel") else "left")
         for group in self.groups:
@@ -111,7 +114,7 @@ class TuningReport:
             table.add_row(*row, f"{tuned.speedup:.2f}x", f"{tuned.error:.1e}")
         for name, reason in self.declined:
             table.add_row(name, "", "", f"left as it is: {reason}")
-        return table
+        return Group(Text(title), table)
 
     def __str__(self) -> str:
         with open(os.devnull, "w") as nowhere:
@@ -198,31 +201,48 @@ def _problems(
     plain = dataclasses.replace(settings, autotune="off", strict=False, inner="eager", inner_options=())
     captured(model, Collector(plain, look))(*args, **kwargs)
     if settings.free_tile:
-        calls = _real_calls(model, args, kwargs, settings)
+        calls = _real_calls(model, args, kwargs, settings, [item[:2] for item in found.values()])
         for key, (group, problem, default) in found.items():
-            shapes = (problem.heads, problem.resolved.q_layout.length, problem.resolved.k_layout.length)
-            references = tuple(calls.get(shapes, ()))
-            found[key] = (group, dataclasses.replace(problem, references=references), default)
+            found[key] = (group, dataclasses.replace(problem, references=tuple(calls.get(key, ()))), default)
     return list(found.values())
 
 
 def _real_calls(
-    model: Any, args: tuple[Any, ...], kwargs: dict[str, Any], settings: Settings
-) -> dict[tuple[int, int, int], list[tuple[torch.Tensor | None, ...]]]:
-    """(heads, query length, key length) -> q, k, v and key mask of a few calls of a dense run."""
+    model: Any,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    settings: Settings,
+    groups: Sequence[tuple[TunedGroup, Problem]],
+) -> dict[str, list[tuple[torch.Tensor | None, ...]]]:
+    """Key of a signature -> q, k, v and key mask of a call of some of its sites, from a dense run."""
     from fpscompile.calibration.observe import Call, observed
 
-    found: dict[tuple[int, int, int], list[tuple[torch.Tensor | None, ...]]] = {}
+    wanted = {name: group.signature.key for group, _ in groups for name in spread(group.names, REAL_CALLS)}
+    # Calls of a function, or of the model's own forward, have no module to be named by.
+    shapes = {
+        (problem.heads, problem.resolved.q_layout.length, problem.resolved.k_layout.length): group.signature.key
+        for group, problem in groups
+    }
+    found: dict[str, list[tuple[torch.Tensor | None, ...]]] = {}
 
     def look(call: Call) -> None:
-        kept = found.setdefault((call.q.shape[1], call.q.shape[2], call.k.shape[2]), [])
-        if len(kept) < REAL_CALLS:
-            mask = None if call.key_mask is None else call.key_mask[:1].clone()
-            kept.append((call.q[:1].clone(), call.k[:1].clone(), call.v[:1].clone(), mask))
+        shape = (call.q.shape[1], call.q.shape[2], call.k.shape[2])
+        key = wanted.pop(call.site, None) if call.site else shapes.get(shape)
+        if key is None or len(found.setdefault(key, [])) >= REAL_CALLS:
+            return
+        mask = None if call.key_mask is None else call.key_mask[:1].clone()
+        found[key].append((call.q[:1].clone(), call.k[:1].clone(), call.v[:1].clone(), mask))
 
     with torch.no_grad(), observed(original(model), settings, look) as runner:
         runner.run((args, kwargs))
     return found
+
+
+def spread(names: Sequence[str], count: int) -> list[str]:
+    """``count`` of the names, the first and the last among them; all where there are no more."""
+    if len(names) <= count:
+        return list(names)
+    return [names[round(index * (len(names) - 1) / (count - 1))] for index in range(count)]
 
 
 @contextlib.contextmanager

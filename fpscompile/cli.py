@@ -24,7 +24,7 @@ import torch
 from rich.console import Console
 
 from fpscompile.errors import FpsError
-from fpscompile.report import write_atomically
+from fpscompile.files import write_atomically
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 

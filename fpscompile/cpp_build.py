@@ -24,6 +24,7 @@ from pathlib import Path
 import torch
 
 from fpscompile.errors import CompilerMissingError, UnsupportedError
+from fpscompile.files import write_atomically
 
 logger = logging.getLogger("fpscompile.cpp_build")
 
@@ -225,7 +226,7 @@ def _built(key: str, source: str) -> Path:
         if library.exists():
             return library
         text = folder / f"{key}.cpp"
-        _write(text, source)
+        write_atomically(text, source)
         name = f"{key}.{os.getpid()}.{threading.get_ident()}"
         builder = _builder(name, str(text), str(folder))
         start = time.perf_counter()
@@ -248,12 +249,6 @@ def _builder(name: str, source: str, folder: str):  # type: ignore[no-untyped-de
 
     options = CppTorchOptions(vec_isa=invalid_vec_isa, extra_flags=FLAGS)
     return CppBuilder(name=name, sources=source, BuildOption=options, output_dir=folder)
-
-
-def _write(path: Path, text: str) -> None:
-    part = path.with_suffix(f".{os.getpid()}.{threading.get_ident()}.part")
-    part.write_text(text, encoding="utf-8")
-    part.replace(path)
 
 
 @contextlib.contextmanager

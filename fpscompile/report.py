@@ -3,62 +3,23 @@
 from __future__ import annotations
 
 import dataclasses
-import enum
 import os
-import re
-import tempfile
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import networkx as nx
 from rich.console import Console, RenderableType
 
+from fpscompile.files import write_atomically
+from fpscompile.html import render
 from fpscompile.records import GraphRecord, Note, SiteRecord, strict_failures
+from fpscompile.report_text import renderable
 from fpscompile.settings import Settings
-from fpscompile.windows import Pattern
+from fpscompile.site_groups import SiteGroup
+from fpscompile.wording import percent, plain
 
 WIDTH = 120
 """Columns of ``str(report)``."""
-
-
-@dataclass(frozen=True)
-class SiteGroup:
-    """Sites that are alike in all but their name: one row of a table."""
-
-    sites: tuple[SiteRecord, ...]
-    share: tuple[float, ...]
-    """Share of the denoising steps that runs each of ``density``; sums to 1."""
-
-    @property
-    def first(self) -> SiteRecord:
-        return self.sites[0]
-
-    @property
-    def name(self) -> str:
-        """Where the sites are: their modules, or their nodes when the graph names no module."""
-        return name_pattern([site.module or site.node for site in self.sites])
-
-    @property
-    def at_run_time(self) -> bool:
-        """Whether windows and densities depend on a grid that only a call will tell; densities then read 1."""
-        return self.first.rewritten and not self.first.windows
-
-    @property
-    def mean_density(self) -> float:
-        """Mean over all steps of the kept fraction of query-key pairs; equals the kept fraction of the FLOPs."""
-        return sum(share * density for share, density in zip(self.share, self.first.density, strict=True))
-
-    @property
-    def dense_flops(self) -> float:
-        """FLOPs of one dense forward, all sites of the group."""
-        return sum(site.dense_flops for site in self.sites)
-
-    @property
-    def kept_flops(self) -> float:
-        """FLOPs of one forward, the mean over all steps."""
-        return self.dense_flops * self.mean_density
 
 
 class Report:
@@ -177,8 +138,6 @@ class Report:
         return strict_failures(self.sites, self.notes)
 
     def __rich__(self) -> RenderableType:
-        from fpscompile.report_text import renderable
-
         return renderable(self)
 
     def __str__(self) -> str:
@@ -212,8 +171,6 @@ class Report:
         Raises:
             OSError: the path cannot be written.
         """
-        from fpscompile.html import render
-
         return write_atomically(path, render(self))
 
     @staticmethod
@@ -221,88 +178,6 @@ class Report:
         if len(codes) == 1:
             return codes[0]
         return "\n\n".join(f"# graph {index} of {len(codes)}\n{code}" for index, code in enumerate(codes, 1))
-
-
-def write_atomically(path: str | os.PathLike[str], text: str) -> Path:
-    """Write ``text`` as UTF-8 beside ``path``, then move it there: readers see the old file or the new one."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(text)
-        umask = os.umask(0)
-        os.umask(umask)
-        os.chmod(temporary, 0o666 & ~umask)  # mkstemp makes files that others cannot read
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
-    return path
-
-
-def name_pattern(names: Sequence[str]) -> str:
-    """One text for many names: "blocks.{0..39}.attn1" when a single number varies, else the first and the last."""
-    names = list(dict.fromkeys(names))
-    if len(names) == 1:
-        return names[0]
-    split = [re.split(r"(\d+)", name) for name in names]
-    if len({len(pieces) for pieces in split}) == 1:
-        varying = [index for index, column in enumerate(zip(*split, strict=True)) if len(set(column)) > 1]
-        if all(index % 2 for index in varying):
-            pieces = list(split[0])
-            for index in varying:
-                pieces[index] = "*"
-            if len(varying) == 1:
-                pieces[varying[0]] = _numbers(sorted(int(row[varying[0]]) for row in split))
-            return "".join(pieces)
-    return f"{names[0]} ... {names[-1]}"
-
-
-def _numbers(numbers: list[int]) -> str:
-    if numbers == list(range(numbers[0], numbers[-1] + 1)):
-        return f"{{{numbers[0]}..{numbers[-1]}}}"
-    return "{" + ",".join(map(str, numbers)) + "}" if len(numbers) <= 4 else "*"
-
-
-def plain(value: Any) -> Any:
-    """``value`` as dicts, lists, numbers and text; callables by name, graphs as nodes and edges."""
-    if isinstance(value, enum.Enum):
-        return plain(value.value)
-    if value is None or isinstance(value, (bool, int, float, str)):
-        return value
-    if isinstance(value, Pattern):
-        return value.spec()
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return {field.name: plain(getattr(value, field.name)) for field in dataclasses.fields(value)}
-    if isinstance(value, nx.DiGraph):
-        nodes = [{"name": str(name), **plain(data)} for name, data in value.nodes(data=True)]
-        return {"nodes": nodes, "edges": [[str(a), str(b)] for a, b in value.edges]}
-    if isinstance(value, Mapping):
-        return {str(key): plain(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple, set, frozenset)):
-        return [plain(item) for item in value]
-    return getattr(value, "__qualname__", None) or str(value)
-
-
-def percent(fraction: float) -> str:
-    """ "43%", with a digit more below ten percent."""
-    value = 100.0 * fraction
-    return f"{value:.1f}%" if 0 < value < 9.95 else f"{value:.0f}%"
-
-
-def flops_text(flops: float) -> str:
-    """ "8.44 TFLOP"."""
-    for unit in ("", "K", "M", "G", "T", "P"):
-        if flops < 999.5 or unit == "P":
-            return f"{flops:.3g} {unit}FLOP"
-        flops /= 1000.0
-    raise AssertionError("unreachable")
-
-
-def grid_text(sizes: Sequence[int] | None, times: str = "x") -> str:
-    """ "21x30x52", "-" when unknown."""
-    return times.join(map(str, sizes)) if sizes else "-"
 
 
 def _kept(groups: Sequence[SiteGroup]) -> float:

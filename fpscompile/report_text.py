@@ -11,8 +11,9 @@ from rich.table import Table
 from rich.text import Text
 
 from fpscompile.records import SiteRecord
-from fpscompile.report import SiteGroup, grid_text, percent
+from fpscompile.site_groups import SiteGroup
 from fpscompile.windows import window_text
+from fpscompile.wording import grid_text, percent
 
 if TYPE_CHECKING:
     from fpscompile.plan import Plan

@@ -76,7 +76,7 @@ def test_cache(cold_caches, monkeypatch, fresh_probe):
     assert left == {".so", ".cpp", ".lock"}
 
     cpp_build.forget()
-    monkeypatch.setattr(cpp_build, "_write", lambda *_: pytest.fail("a cached library was built again"))
+    monkeypatch.setattr(cpp_build, "write_atomically", lambda *_: pytest.fail("a cached library was built again"))
     assert cpp_build.load(source).answer() == 42
     assert library.stat().st_mtime_ns == built
 

@@ -13,9 +13,12 @@ from expecttest import assert_expected_inline
 from report_records import cogvideox, declined_site, rewritten_site, wan
 from rich.console import Console
 
+from fpscompile.files import write_atomically
 from fpscompile.records import GraphRecord, Note
-from fpscompile.report import Report, flops_text, name_pattern, percent, write_atomically
+from fpscompile.report import Report
 from fpscompile.settings import Settings
+from fpscompile.site_groups import name_pattern
+from fpscompile.wording import flops_text, percent
 
 
 def test_text_of_wan() -> None:

@@ -15,7 +15,6 @@ import json
 import logging
 import math
 import os
-import tempfile
 import threading
 from pathlib import Path
 from types import ModuleType
@@ -24,6 +23,7 @@ from typing import Any
 import jinja2
 import torch
 
+from fpscompile.files import write_atomically
 from fpscompile.gpu.config import KernelConfig, padded, rows_of
 from fpscompile.gpu.interpreter import interpreting
 from fpscompile.hadamard import sign_bits
@@ -177,19 +177,14 @@ def cache_folder() -> Path:
 
 
 def _file(path: Path, text: str) -> Path:
-    """``path`` holding ``text``: written beside it and renamed, so that no process ever reads half a file."""
+    """``path`` holding ``text``, written only where it does not hold it yet."""
     try:
         if path.read_text(encoding="utf-8") == text:
             return path
         log.warning("%s is not what its name says: it is written anew", path)
     except FileNotFoundError:
         pass
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    with os.fdopen(handle, "w", encoding="utf-8") as file:
-        file.write(text)
-    os.replace(temporary, path)
-    return path
+    return write_atomically(path, text)
 
 
 def _environment() -> jinja2.Environment:

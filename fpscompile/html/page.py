@@ -14,9 +14,10 @@ from markupsafe import Markup
 from fpscompile import report_text as words
 from fpscompile.html import svg_graph, svg_masks
 from fpscompile.records import SiteRecord
-from fpscompile.report import SiteGroup, flops_text, grid_text, percent
+from fpscompile.site_groups import SiteGroup
 from fpscompile.tiling import TileLayout
 from fpscompile.windows import window_text
+from fpscompile.wording import flops_text, grid_text, percent, plain
 
 if TYPE_CHECKING:
     from fpscompile.report import Report
@@ -244,8 +245,6 @@ def _clip(code: str) -> tuple[str, int]:
 
 
 def _settings(report: Report) -> list[tuple[str, str]]:
-    from fpscompile.report import plain
-
     values = plain(report.settings)
     values["schedule"] = report.settings.phases.name
     return [(name, str(value)) for name, value in values.items() if value is not None]

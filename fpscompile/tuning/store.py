@@ -24,7 +24,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from fpscompile.errors import FpsError
-from fpscompile.report import write_atomically
+from fpscompile.files import write_atomically
 from fpscompile.tuning.format import Contents, CorruptError, ForeignVersionError, dumps, parse
 
 logger = logging.getLogger("fpscompile.tuning")
