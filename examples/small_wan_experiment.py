@@ -1,169 +1,205 @@
-"""What FP8 and sparsity do to the small trained Wan, with and without training for them.
+"""What FP8 and sparsity do to the small Wan, with and without training for them.
 
-    python examples/small_wan_experiment.py dense joint-paper ...     train and evaluate variants; no name: all
-    python examples/small_wan_experiment.py --report                  docs/training_measured.md, from what ran
+    python examples/small_wan_experiment.py                            every variant on this machine
+    python examples/small_wan_experiment.py --preset gpu --jobs 14     a model trained anew for each scene, on a GPU
+    python examples/small_wan_experiment.py --report                   docs/training_measured.md, from what ran
 
-All variants start from ``examples/small_wan/weights.safetensors`` and see the same clips, noise and noise levels. A
+All variants start from the same base, see the same clips, noise and noise levels, and take equally many steps. A
 variant named ``free-*`` is not trained for what it runs: it has the weights of ``dense``, the control that went on
-training densely on equal data. Interrupt and repeat the command: finished work is kept, training goes on from its last
-checkpoint.
+training densely on equal data. With ``--base-steps`` each scene is held out in turn from a base of its own; without it,
+all start from ``examples/small_wan/weights.safetensors``, which has seen all scenes but carphone. Interrupt and repeat
+the command: finished work is kept, training goes on from its last checkpoint.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
+import subprocess
 import sys
 import time
+from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
 import torch
 from rich.console import Console
+from safetensors.torch import save_file
 
 sys.path.insert(0, str(Path(__file__).parent))
-from small_wan import checkpoint, data, flow
-from small_wan.model import Size, build
-from train_small_wan import WEIGHTS, follow
+import train_small_wan
+from small_wan import checkpoint, data
+from small_wan.model import Size
+from small_wan.trial import Budget, OutOfTimeError, Place, evaluate, finished, train
+from small_wan.variants import VARIANTS, Arithmetic
 
-TILE = (2, 2, 2)
-"""64 tiles on the 8 x 8 x 8 grid: small enough that a density of a tenth still means several tiles."""
-REVERSED = [
-    {"start": 0.0, "end": 0.2, "density": 0.45, "granularity": "subtile"},
-    {"start": 0.2, "end": 0.8, "density": 0.10, "granularity": "head"},
-    {"start": 0.8, "end": 1.0, "density": 0.25, "granularity": "tile"},
-]
-"""The paper's order turned round at its mean density: sparse and coarse in the middle, dense at the ends."""
-JOINT: dict[str, dict[str, Any]] = {
-    "paper": {"schedule": "paper"},
-    "reversed": {"schedule": REVERSED},
-    "constant": {"density": 0.2},
-    "0.5": {"density": 0.5},
-    "0.1": {"density": 0.1},
+PRESETS: dict[str, dict[str, Any]] = {
+    "cpu": {"steps": 150, "batch": 4, "clips": 16, "samples": 4, "group": 4, "pool": 1024, "seeds": 1},
+    "gpu": {
+        "steps": 800,
+        "batch": 16,
+        "clips": 64,
+        "samples": 16,
+        "group": 16,
+        "pool": 6144,
+        "seeds": 2,
+        "base_steps": 4000,
+        "scenes": data.SCENES,
+        "ema": 0.995,
+    },
 }
-FORWARD: dict[str, dict[str, Any] | None] = {
-    "dense": None,
-    "free-fp8": {"density": 1.0, "quant": "fp8"},
-    "free-sparse": {"schedule": "paper", "quant": "none"},
-    "fp8": {"density": 1.0, "quant": "fp8"},
-    "sparse": {"schedule": "paper", "quant": "none"},
-    **{f"free-{name}": {**kept, "quant": "fp8"} for name, kept in JOINT.items()},
-    **{f"joint-{name}": {**kept, "quant": "fp8"} for name, kept in JOINT.items()},
-}
-"""Options of each variant's attention."""
-LEVELS = (0.1, 0.3, 0.5, 0.7, 0.9)
-"""Remaining work at which the held-out loss is taken."""
+"""Defaults of the options."""
+BASE_BATCH = 64
 
 
-def forward(model: torch.nn.Module, variant: str) -> Any:
-    """``model``, or its compilation with the variant's options."""
-    options = FORWARD[variant]
-    if options is None:
-        return model
-    torch._dynamo.reset()
-    common = {"tile": TILE, "timestep": {"shift": flow.SHIFT}, "inner": "aot_eager", "strict": True}
-    lowering = "gather" if options["quant"] == "fp8" else "auto"
-    return torch.compile(model, backend="fps", dynamic=False, options={**common, "lowering": lowering, **options})
-
-
-def train(variant: str, size: Size, args: argparse.Namespace, console: Console) -> dict[str, torch.Tensor]:
-    """The averaged weights after ``args.steps`` steps with the variant's forward."""
-    model = build(size)
-    checkpoint.load_weights(args.weights, model, size.as_dict())
-    path, step = args.out / f"{variant}.safetensors", 0
-    ema = {k: v.clone() for k, v in model.state_dict().items()}
-    optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, betas=(0.9, 0.98), weight_decay=1e-4)
-    if path.exists():
-        tensors, facts = checkpoint.read(path, size.as_dict())
-        checkpoint.unpack(tensors, model, ema, optimizer)
-        step = int(facts["step"])
-    if step >= args.steps:
-        return ema
-    run, clips, started = forward(model.train(), variant), data.Clips(data.TRAIN, size, seed=args.seed + 1), time.time()
-    while step < args.steps:
-        batch, generator = clips.batch(step, args.batch)
-        noise = torch.randn(batch.shape, generator=generator)
-        loss = flow.losses(run, batch, noise, flow.draw_u(args.batch, generator), size).mean()
-        flow.check_finite(loss.detach(), step, path)
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        step += 1
-        follow(ema, model, args.ema)
-        if step % 25 == 0 or step == args.steps:
-            facts = {"size": size.as_dict(), "step": step, "variant": variant}
-            checkpoint.write(path, checkpoint.pack(model, ema, optimizer), facts)
-            console.print(f"{variant}: step {step}, loss {float(loss.detach()):.3f}, {time.time() - started:.0f} s")
-    return ema
-
-
-@torch.no_grad()
-def evaluate(variant: str, weights: dict[str, torch.Tensor], size: Size, args: argparse.Namespace) -> dict[str, Any]:
-    """Held-out losses [clip][level], and samples from common noise (saved beside), of one variant."""
-    model = build(size).eval()
-    model.load_state_dict(weights)
-    run, losses = forward(model, variant), []
-    for share in (0.0, 1.0):  # natural clips of the held-out scene, then generated ones
-        clips = data.Clips(data.HELD_OUT, size, seed=777, generated_share=share)
-        for number in range(args.clips // 4):
-            batch, generator = clips.batch(number, 4)
-            noise = torch.randn(batch.shape, generator=generator)
-            losses.append(torch.stack([flow.losses(run, batch, noise, torch.full((4,), u), size) for u in LEVELS], 1))
-    shape = (args.samples, 3, size.frames, size.pixels, size.pixels)
-    noise = torch.randn(shape, generator=torch.Generator().manual_seed(5))
-    samples = torch.cat([flow.sample(run, piece, size, steps=10) for piece in noise.split(4)])
-    torch.save(samples.half(), args.out / f"{variant}.samples.pt")
-    return {
-        "variant": variant,
-        "levels": LEVELS,
-        "natural": torch.cat(losses[: len(losses) // 2]).tolist(),
-        "generated": torch.cat(losses[len(losses) // 2 :]).tolist(),
-        "steps": args.steps,
-        "batch": args.batch,
-        "lr": args.lr,
-    }
-
-
-def arguments(argv: list[str] | None = None) -> argparse.Namespace:
+def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("variants", nargs="*", help=f"of {', '.join(FORWARD)}")
+    parser.add_argument("variants", nargs="*", help=f"of dense, {', '.join(VARIANTS)}; none: all")
+    parser.add_argument("--preset", choices=sorted(PRESETS), default="cpu", help="defaults of what is not given")
     parser.add_argument("--report", action="store_true", help="write the report instead of running anything")
     parser.add_argument("--out", type=Path, default=Path("out/small_wan_experiment"))
     parser.add_argument("--docs", type=Path, default=Path(__file__).parent.parent / "docs")
-    parser.add_argument("--weights", type=Path, default=WEIGHTS)
-    parser.add_argument("--steps", type=int, default=150)
-    parser.add_argument("--batch", type=int, default=4)
-    parser.add_argument("--lr", type=float, default=2e-4)
-    parser.add_argument("--ema", type=float, default=0.98)
-    parser.add_argument("--clips", type=int, default=16, help="held-out clips of each kind, a multiple of 4")
-    parser.add_argument("--samples", type=int, default=4)
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--clips-file", type=Path, help="videos that examples/small_wan/data.py decoded")
+    parser.add_argument("--weights", type=Path, default=train_small_wan.WEIGHTS, help="base, unless --base-steps")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--inner", default="aot_eager", help="compiler of the rest of the graph")
+    parser.add_argument("--lowering", default="", help="lowering of the attention; default by device")
+    parser.add_argument("--minutes", type=float, default=float("inf"), help="stop training after this long")
+    parser.add_argument("--jobs", type=int, default=1, help="processes that share the device")
+    parser.add_argument("--scenes", nargs="+", choices=data.SCENES, default=data.HELD_OUT, help="held out, in turn")
+    parser.add_argument("--base-steps", type=int, default=0, help="train a base for each scene, from nothing")
+    parser.add_argument("--until", type=float, default=float("inf"), help=argparse.SUPPRESS)
+    parser.add_argument("--first-seed", type=int, default=0, help=argparse.SUPPRESS)
+    parser.add_argument("--seeds", type=int, help="seeds of training, from 0")
+    parser.add_argument("--pool", type=int, help="training clips")
+    for name in ("steps", "batch", "clips", "samples", "group"):
+        parser.add_argument(f"--{name}", type=int)
+    parser.add_argument("--lr", type=float, default=Budget.lr)
+    parser.add_argument("--ema", type=float, default=Budget.ema)
+    known, _ = parser.parse_known_args(argv)
+    parser.set_defaults(**PRESETS[known.preset])
     args = parser.parse_args(argv)
     for variant in args.variants:
-        if variant not in FORWARD:
-            parser.error(f"variant {variant!r} is unknown; choose of {', '.join(FORWARD)}")
-    if args.clips < 4 or args.clips % 4:
-        parser.error(f"--clips {args.clips} is no positive multiple of 4")
+        if variant not in ("dense", *VARIANTS):
+            parser.error(f"variant {variant!r} is unknown; choose of dense, {', '.join(VARIANTS)}")
+    for name in ("clips", "samples"):
+        if getattr(args, name) < 1 or getattr(args, name) % args.group:
+            parser.error(f"--{name} {getattr(args, name)} is no positive multiple of --group {args.group}")
+    if not args.base_steps and tuple(args.scenes) != data.HELD_OUT:
+        parser.error(f"the shipped base has seen {data.TRAIN}: give --base-steps to hold out {args.scenes}")
+    args.until = min(args.until, time.time() + 60 * args.minutes)
     return args
 
 
-def main(argv: list[str] | None = None) -> None:
-    args, size, console = arguments(argv), Size(), Console()
+def pools(args: argparse.Namespace, size: Size) -> None:
+    """Writes the training clips of each held-out scene that has none yet."""
+    missing = [scene for scene in args.scenes if not (args.out / scene / "pool.safetensors").exists()]
+    if not missing:
+        return
+    executor = ProcessPoolExecutor(args.jobs, get_context("spawn")) if args.jobs > 1 else None
+    for scene in missing:
+        names = [name for name in data.SCENES if name != scene]
+        run = executor.map if executor else map
+        clips = data.make_pool(names, args.clips_file, size, args.pool, seed=11, run=run)
+        (args.out / scene).mkdir(parents=True, exist_ok=True)
+        save_file({"clips": clips}, args.out / scene / "pool.safetensors")
+    if executor:
+        executor.shutdown()
+
+
+def base_of(scene: str, args: argparse.Namespace) -> Path:
+    """The weights that every variant of a scene starts from, trained first where there are none.
+
+    Raises:
+        OutOfTimeError: the base needs another call.
+    """
+    if not args.base_steps:
+        path: Path = args.weights
+        return path
+    out = args.out / scene / "base"
+    path = out / "checkpoint.safetensors"
+    if not path.exists() or checkpoint.read(path, Size().as_dict())[1]["step"] < args.base_steps:
+        minutes = max(0.0, (args.until - time.time()) / 60)
+        argv = ["--out", str(out), "--steps", str(args.base_steps), "--batch", str(BASE_BATCH), "--lr", "0.0015"]
+        argv += ["--pool", str(args.out / scene / "pool.safetensors"), "--device", args.device]
+        train_small_wan.main([*argv, "--minutes", str(minutes)])
+        if checkpoint.read(path, Size().as_dict())[1]["step"] < args.base_steps:
+            raise OutOfTimeError(f"{path}: the base needs {args.base_steps} steps; repeat the command to go on")
+    return path
+
+
+def run_variant(variant: str, scene: str, seeds: Sequence[int], args: argparse.Namespace, console: Console) -> None:
+    """Trains and evaluates a variant; one that is not "dense" also on the dense control's weights."""
+    size, base = Size(), base_of(scene, args)
+    fields = ("steps", "batch", "lr", "ema", "clips", "samples", "group")
+    budget = Budget(**{name: getattr(args, name) for name in fields})
+    how = Arithmetic(args.device, args.inner, args.lowering)
+    for seed in seeds:
+        place = Place(args.out, scene, seed, args.clips_file, args.until)
+        jobs = ("dense",) if variant == "dense" else (f"free-{variant}", f"joint-{variant}")
+        for name in jobs:
+            if finished(name, place, budget):
+                continue
+            weights = train("dense" if name.startswith("free-") else variant, base, size, place, budget, how)
+            started = time.time()
+            facts = {"variant": name, "scene": scene, "seed": seed, "base": str(base)}
+            evaluate(name, variant, weights, size, place, budget, how, facts)
+            console.print(f"{scene} {seed} {name}: evaluated in {time.time() - started:.0f} s")
+
+
+def spread(tasks: Sequence[tuple[str, str, Sequence[int]]], argv: Sequence[str], args: argparse.Namespace) -> list[str]:
+    """Runs each (variant, scene, seeds) in a process of its own, ``args.jobs`` at a time; returns what failed."""
+
+    def one(task: tuple[str, str, Sequence[int]]) -> str | None:
+        variant, scene, seeds = task
+        path = args.out / scene / f"{variant}.{seeds[0]}.log"
+        own = [variant, *argv, "--jobs", "1", "--scenes", scene, "--until", str(args.until)]
+        own += ["--first-seed", str(seeds[0]), "--seeds", str(len(seeds))]
+        with path.open("a") as log:
+            done = subprocess.run([sys.executable, __file__, *own], stdout=log, stderr=subprocess.STDOUT, check=False)
+        return None if done.returncode == 0 else f"{path}: {_last_line(path)}"
+
+    with ThreadPoolExecutor(args.jobs) as executor:
+        return [failure for failure in executor.map(one, tasks) if failure]
+
+
+def _last_line(path: Path) -> str:
+    return (path.read_text().strip().splitlines() or ["nothing written"])[-1]
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    argv = list(sys.argv[1:] if argv is None else argv)
+    args, console = arguments(argv), Console()
     if args.report:
         from small_wan.report import write_report
 
         write_report(args.out, args.docs)
         return
     args.out.mkdir(parents=True, exist_ok=True)
-    for variant in args.variants or FORWARD:
-        result = args.out / f"{variant}.json"
-        if result.exists() and json.loads(result.read_text())["steps"] >= args.steps:
-            continue
-        weights = train("dense" if variant.startswith("free-") else variant, size, args, console)
-        result.write_text(json.dumps(evaluate(variant, weights, size, args)) + "\n")
-        console.print(f"{variant}: evaluated")
+    started = time.time()
+    pools(args, Size())
+    variants = list(args.variants or ("dense", *VARIANTS))
+    if args.jobs == 1:
+        seeds = range(args.first_seed, args.first_seed + args.seeds)
+        for scene in args.scenes:
+            for variant in variants:
+                run_variant(variant, scene, seeds, args, console)
+        return
+    options = [a for a in argv if a not in args.variants]
+    for stage in (["dense"], [v for v in variants if v != "dense"]):
+        # Seeds of the dense control share the base that the first of them trains.
+        one_by_one = [[s] for s in range(args.seeds)] if stage != ["dense"] else [list(range(args.seeds))]
+        tasks = [(v, scene, seeds) for seeds in one_by_one for scene in args.scenes for v in stage]
+        failed = spread(tasks, options, args)
+        console.print(f"{len(tasks) - len(failed)} of {len(tasks)} tasks done after {time.time() - started:.0f} s")
+        if failed:
+            console.print("\n".join(failed), markup=False)
+            raise SystemExit(f"{len(failed)} of {len(tasks)} tasks are unfinished: repeat the command to go on")
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except OutOfTimeError as error:
+        raise SystemExit(str(error)) from None

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import torch
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from safetensors.torch import load_file
 from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -33,6 +34,11 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--ema", type=float, default=0.995)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--save-every", type=int, default=200)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--clips", type=Path, help="videos that examples/small_wan/data.py decoded")
+    parser.add_argument(
+        "--pool", type=Path, help="clips made beforehand by small_wan_experiment.py, instead of fresh ones"
+    )
     parser.add_argument("--ship", type=Path, help=f"write the averaged weights here at the end, such as {WEIGHTS}")
     for name, value in Size().as_dict().items():
         parser.add_argument(f"--{name.replace('_', '-')}", type=int, default=value)
@@ -47,10 +53,14 @@ def learning_rate(step: int, args: argparse.Namespace) -> float:
 def main(argv: list[str] | None = None) -> Path:
     args = arguments(argv)
     size = Size(**{name: getattr(args, name) for name in Size().as_dict()})
-    model = build(size, args.seed).train()
+    model = build(size, args.seed).to(args.device).train()
     ema = {k: v.clone() for k, v in model.state_dict().items()}
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, betas=(0.9, 0.98), weight_decay=0.01)
-    clips = data.Clips(data.TRAIN, size, args.seed)
+    clips: data.Clips | data.Pool
+    if args.pool:
+        clips = data.Pool(load_file(args.pool, device=args.device)["clips"], args.seed)
+    else:
+        clips = data.Clips(data.videos(data.TRAIN, args.clips).values(), size, args.seed)
     path, step = args.out / "checkpoint.safetensors", 0
     if path.exists():
         tensors, facts = checkpoint.read(path, size.as_dict())
@@ -72,17 +82,19 @@ def main(argv: list[str] | None = None) -> Path:
             bar = progress.add_task("training", total=args.steps, completed=step)
             while step < args.steps and time.perf_counter() - started < 60 * args.minutes:
                 batch, generator = clips.batch(step, args.batch)
-                noise = torch.randn(batch.shape, generator=generator)
+                batch = batch.to(args.device)
+                noise = torch.randn(batch.shape, generator=generator).to(args.device)
+                u = flow.draw_u(args.batch, generator).to(args.device)
                 for group in optimizer.param_groups:
                     group["lr"] = learning_rate(step, args)
-                loss = flow.losses(model, batch, noise, flow.draw_u(args.batch, generator), size).mean()
+                loss = flow.losses(model, batch, noise, u, size).mean()
                 flow.check_finite(loss.detach(), step, path)
                 optimizer.zero_grad(set_to_none=True)
                 loss.backward()
                 torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
                 optimizer.step()
                 follow(ema, model, min(args.ema, (step + 1) / (step + 10)))
-                step, since, total = step + 1, since + 1, total + loss.detach()
+                step, since, total = step + 1, since + 1, total + loss.detach().cpu()
                 progress.update(bar, completed=step, description=f"loss {float(loss.detach()):.3f}")
                 if step % args.save_every == 0:
                     save()

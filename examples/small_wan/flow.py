@@ -64,7 +64,7 @@ def check_finite(loss: Tensor, step: int, kept: object) -> float:
 @torch.no_grad()
 def sample(model: Any, noise: Tensor, size: Size, steps: int = 20) -> Tensor:
     """Euler steps from ``noise`` to a clip, f32[B, 3, frames, pixels, pixels]."""
-    levels = shifted(torch.linspace(1, 0, steps + 1))
+    levels = shifted(torch.linspace(1, 0, steps + 1, device=noise.device))
     x = noise
     for here, there in itertools.pairwise(levels):
         x = x + (there - here) * velocity(model, x, (1000 * here).expand(x.shape[0]).contiguous(), size)
