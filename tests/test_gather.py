@@ -143,6 +143,34 @@ def test_any_block_mask(quant: str, heads: int) -> None:
 
 
 @pytest.mark.parametrize("quant", ["none", "fp8"])
+@pytest.mark.parametrize(
+    ("kind", "mask_batch", "mask_heads"), [("none", 1, 1), ("bool", 5, 1), ("float", 1, 4), ("bool", 5, 4)]
+)
+@pytest.mark.parametrize("own_masks", [False, True])
+def test_elements_of_one_phase_go_together(quant, kind, mask_batch, mask_heads, own_masks) -> None:
+    """Their scales, means, key masks and block masks stay their own; a scale of a whole element keeps it apart."""
+    resolved = resolved_plan(before=4, quant=quant, smooth_v=quant == "fp8")
+    phases = [3, 0, 3, 0, 0]
+    operands = [x * torch.linspace(0.5, 3, 5)[:, None, None, None] for x in draw(resolved, 2, torch.float64, batch=5)]
+    mask = None
+    if own_masks:
+        n = resolved.q_layout.n_tiles
+        mask = BlockMask.from_dense(torch.rand(4, 4, n, n, generator=torch.Generator().manual_seed(3)) < 0.4)
+    key_mask = key_mask_of(kind, mask_batch, mask_heads, resolved.k_layout.length)
+    together = [len(several.elements) for _, several in gather._by_phase(*operands[:3], tuple(phases), resolved)]
+    assert together == ([1, 1, 3] if quant == "fp8" else [2, 3])
+    check(resolved, operands, phases, key_mask=key_mask, block_mask=mask)
+
+
+def test_large_elements_go_one_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    resolved = resolved_plan()
+    q, k, v, _ = draw(resolved, 2, torch.float64, batch=4)
+    monkeypatch.setitem(gather.TOGETHER_BYTES, "cpu", 2 * sum(x[0].nbytes for x in (q, k, v)))
+    together = [several.elements for _, several in gather._by_phase(q, k, v, (0, 0, 0, 1), resolved)]
+    assert together == [(0, 1), (2,), (3,)]
+
+
+@pytest.mark.parametrize("quant", ["none", "fp8"])
 def test_default_tile_and_block(quant: str) -> None:
     """Tiles of two rounding blocks each, ragged on every axis."""
     resolved = resolved_plan((5, 10, 12), after=26, tile=(4, 8, 8), block_n=128, quant=quant)
@@ -164,14 +192,14 @@ def test_chunks_do_not_change_results(quant: str, monkeypatch: pytest.MonkeyPatc
     resolved = resolved_plan((4, 6, 6), 9, 0, tile=(4, 4, 4), quant=quant)
     operands = draw(resolved, 6, torch.float64, heads=6, key_heads=3)
     key_mask = key_mask_of("float", 2, 6, resolved.k_layout.length)
-    monkeypatch.setattr(gather, "CHUNK_BYTES", 1)
+    monkeypatch.setitem(gather.CHUNK_BYTES, "cpu", 1)
     monkeypatch.setattr(gather, "QUERY_RUN", 10)
     check(resolved, operands, [0, 2], key_mask=key_mask)
 
 
 def test_chunks_are_bounded_and_little_padded(monkeypatch: pytest.MonkeyPatch) -> None:
     budget = 1 << 16
-    monkeypatch.setattr(gather, "CHUNK_BYTES", budget)
+    monkeypatch.setitem(gather.CHUNK_BYTES, "cpu", budget)
     resolved = resolved_plan((6, 8, 8), 0, 20, tile=(2, 2, 2))
     seen: list[tuple[int, int]] = []
     scores = gather._scores

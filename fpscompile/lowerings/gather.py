@@ -3,7 +3,7 @@
 Keys and values of a batch element are first laid out in tile slots, ``[Hk, k_tiles + 1, slots, D]``: zeros past a
 ragged tile's end, and one empty tile at the end for lists that are shorter than their neighbours. Query tiles with
 lists of similar length then go through one dense softmax together, in chunks of bounded memory. Empty slots get a
-bias of -inf.
+bias of -inf. Batch elements that are in the same phase go through all this together, as further heads.
 
 With ``quant="fp8"`` the weights follow the rounding contract of :mod:`fpscompile.kernel_spec`. The running maximum
 after block j is the cumulative maximum of the blocks' maxima, so no loop over blocks is needed: with ``m`` the final
@@ -28,8 +28,13 @@ from fpscompile.tiling import TileLayout
 
 NEG_INF = float("-inf")
 
-CHUNK_BYTES = 8 << 20
-"""Size aimed at for the scores of one chunk. A single run of queries may exceed it, when it sees very many keys."""
+CHUNK_BYTES = {"cpu": 8 << 20, "cuda": 128 << 20}
+"""Size aimed at for the scores of one chunk, by device: about a cache, or enough to fill a GPU. A single run of queries
+may exceed it, when it sees very many keys."""
+
+TOGETHER_BYTES = {"cpu": 4 << 20, "cuda": 64 << 20}
+"""Batch elements go through together only while Q, K and V of all of them, in the dtype of the arithmetic, fit in this:
+what is gained is the time of many small operations, which large elements do not notice."""
 
 QUERY_RUN = 256
 """Longer query tiles are cut into runs of this many tokens, each with its own row of scores."""
@@ -66,7 +71,8 @@ class _Heads:
 
 @dataclass(frozen=True, eq=False)
 class _Element:
-    """One batch element, in the dtype of the arithmetic; dequantized when the plan quantizes."""
+    """Batch elements of one phase, their heads one after another, in the dtype of the arithmetic; dequantized when the
+    plan quantizes. H and Hk count the heads of all of them."""
 
     q: torch.Tensor
     """[H, Lq, D], times the softmax scale. D is that of the rotated features where the plan rotates."""
@@ -82,6 +88,32 @@ class _Element:
     """[H, Lq], or None."""
     v_mean: torch.Tensor | None = None
     """[Hk, 1, Dv]: what ``v`` is without, or None."""
+
+
+@dataclass(frozen=True)
+class _Together:
+    """Batch elements of one phase."""
+
+    elements: tuple[int, ...]
+
+    def heads_of(self, x: torch.Tensor) -> torch.Tensor:
+        """[B, H, ...] -> [n * H, ...]; a view where there is one element."""
+        if len(self.elements) == 1:
+            return x[self.elements[0]]
+        return x[list(self.elements)].flatten(0, 1)
+
+    def empty(self, x: torch.Tensor) -> torch.Tensor:
+        """A place for the heads of these elements of ``x`` [B, H, ...], to be given to :meth:`store`."""
+        if len(self.elements) == 1:
+            return x[self.elements[0]]
+        return x.new_empty(len(self.elements) * x.shape[1], *x.shape[2:])
+
+    def store(self, x: torch.Tensor, heads: torch.Tensor) -> None:
+        """Into ``x`` [B, H, ...]: what :meth:`heads_of` takes out."""
+        if len(self.elements) > 1:
+            x[list(self.elements)] = heads.unflatten(0, (len(self.elements), -1)).to(x.dtype)
+        elif heads.data_ptr() != x[self.elements[0]].data_ptr():
+            x[self.elements[0]] = heads
 
 
 @torch.no_grad()
@@ -115,7 +147,8 @@ def forward(
     dtype = work_dtype(q.dtype)
     out = _empty((batch, heads, length, v.shape[-1]), q)
     lse = torch.empty(batch, heads, length, dtype=dtype, device=q.device)
-    for b, element, pieces in _work(q, k, v, key_mask, phases, resolved, scale, block_mask):
+    for several, element, pieces in _work(q, k, v, key_mask, phases, resolved, scale, block_mask):
+        part_out, part_lse = several.empty(out), several.empty(lse)
         for part, chunk in pieces:
             queries = _take(element.q[part.queries], chunk, part)
             keys, values = _keys(element, chunk, part)
@@ -134,8 +167,10 @@ def forward(
                 result = result + mean.masked_fill((sums == NEG_INF).unsqueeze(-1), 0.0)
             if element.lse_shift is not None:
                 sums = sums + _take(element.lse_shift[part.queries].unsqueeze(-1), chunk, part).squeeze(-1)
-            _put(out[b, part.queries], result, chunk, part)
-            _put(lse[b, part.queries].unsqueeze(-1), sums.unsqueeze(-1), chunk, part)
+            _put(part_out[part.queries], result, chunk, part)
+            _put(part_lse[part.queries].unsqueeze(-1), sums.unsqueeze(-1), chunk, part)
+        several.store(out, part_out)
+        several.store(lse, part_lse)
     return out, lse
 
 
@@ -165,17 +200,18 @@ def backward(
     dtype = work_dtype(q.dtype)
     rotated = resolved.plan.quant == "fp8" and resolved.plan.hadamard
     dq, dk, dv = (_empty(x.shape, x) for x in (q, k, v))
-    for b, element, pieces in _work(q, k, v, key_mask, phases, resolved, scale, block_mask):
+    for several, element, pieces in _work(q, k, v, key_mask, phases, resolved, scale, block_mask):
+        part_grad, part_lse, part_dq = several.heads_of(grad_out), several.heads_of(lse), several.empty(dq)
         dk_slots, dv_slots = torch.zeros_like(element.k), torch.zeros_like(element.v)
         for part, chunk in pieces:
             queries = _take(element.q[part.queries], chunk, part)
             keys, values = _keys(element, chunk, part)
             scores = _scores(element, queries, keys, chunk, part)
-            grad = _take(grad_out[b, part.queries], chunk, part).to(dtype)
+            grad = _take(part_grad[part.queries], chunk, part).to(dtype)
             if resolved.plan.quant == "fp8":
                 softmax, weights, _ = _rounded(scores, resolved.plan.block_n, resolved.plan.p_scale)
             else:
-                row_lse = _take(lse[b, part.queries].unsqueeze(-1), chunk, part)
+                row_lse = _take(part_lse[part.queries].unsqueeze(-1), chunk, part)
                 softmax = weights = scores.sub_(_finite(row_lse)).exp_()
             d_weights = grad @ values.mT
             # Not rowsum(dO * out): out carries its own rounding, to bf16 say, and a common part of all keys, which
@@ -183,12 +219,13 @@ def backward(
             delta = (softmax * d_weights).sum(-1, keepdim=True)
             d_scores = d_weights.sub_(delta).mul_(softmax)
             d_queries = (d_scores @ keys).mul_(scale)
-            _put(dq[b, part.queries], unrotate(d_queries, q.shape[-1]) if rotated else d_queries, chunk, part)
+            _put(part_dq[part.queries], unrotate(d_queries, q.shape[-1]) if rotated else d_queries, chunk, part)
             _add_listed(dk_slots[part.keys], d_scores.mT @ queries, chunk)  # the queries carry the softmax scale
             _add_listed(dv_slots[part.keys], weights.mT @ grad, chunk)
         d_keys = _from_slots(dk_slots, resolved.k_layout)
-        dk[b] = unrotate(d_keys, k.shape[-1]) if rotated else d_keys
-        dv[b] = _from_slots(dv_slots, resolved.k_layout)
+        several.store(dq, part_dq)
+        several.store(dk, unrotate(d_keys, k.shape[-1]) if rotated else d_keys)
+        several.store(dv, _from_slots(dv_slots, resolved.k_layout))
     return dq, dk, dv
 
 
@@ -207,8 +244,8 @@ def _work(
     resolved: ResolvedPlan,
     scale: float,
     block_mask: BlockMask | None,
-) -> Iterator[tuple[int, _Element, list[tuple[_Heads, _Chunk]]]]:
-    """The job of each batch element: (its index, its operands, pieces of heads and queries)."""
+) -> Iterator[tuple[_Together, _Element, list[tuple[_Heads, _Chunk]]]]:
+    """The work in parts: (batch elements, their operands, pieces of heads and queries)."""
     if resolved.plan.quant == "int8":
         raise UnsupportedError(
             "lowering 'gather' does not compute in 8-bit integers: choose lowering='cpp' or quant='none'"
@@ -217,28 +254,43 @@ def _work(
     slots = _slot_count(resolved)
     # A run's gathered keys outweigh its scores when it is shorter than a head is wide.
     rows = max(min(QUERY_RUN, int(resolved.q_layout.sizes().max())), q.shape[-1], v.shape[-1])
-    budget = CHUNK_BYTES // (work_dtype(q.dtype).itemsize * rows * slots)  # key tiles
-    cache: dict[int, list[tuple[_Heads, _Chunk]]] = {}
+    budget = CHUNK_BYTES.get(q.device.type, 8 << 20) // (work_dtype(q.dtype).itemsize * rows * slots)  # key tiles
+    for phase, several in _by_phase(q, k, v, phases, resolved):
+        heads, key_heads = (len(several.elements) * x.shape[1] for x in (q, k))
+        most = int(mask.kv_num_blocks[phase].max())
+        pieces = [
+            (part, chunk)
+            for part in _head_parts(heads, key_heads, mask.kv_num_blocks.shape[1], budget // max(most, 1))
+            for chunk in _chunks(
+                mask, phase, part.mask, resolved, slots, budget // (part.queries.stop - part.queries.start)
+            )
+        ]
+        yield several, _element(q, k, v, key_mask, several, phase, resolved, slots, scale), pieces
+
+
+def _by_phase(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, phases: tuple[int, ...], resolved: ResolvedPlan
+) -> Iterator[tuple[int, _Together]]:
+    """(phase, batch elements that are in it), every element once."""
+    size = max(1, work_dtype(q.dtype).itemsize * sum(x[0].numel() for x in (q, k, v)))
+    most = max(1, TOGETHER_BYTES.get(q.device.type, 4 << 20) // size)
+    of_phase: dict[int, list[int]] = {}
     for b, phase in zip(range(q.shape[0]), phases, strict=True):
-        if phase not in cache:
-            most = int(mask.kv_num_blocks[phase].max())
-            parts = _head_parts(q.shape[1], k.shape[1], mask.kv_num_blocks.shape[1], budget // max(most, 1))
-            cache[phase] = [
-                (part, chunk)
-                for part in parts
-                for chunk in _chunks(
-                    mask, phase, part.mask, resolved, slots, budget // (part.queries.stop - part.queries.start)
-                )
-            ]
-        yield b, _element(q, k, v, key_mask, b, phase, resolved, slots, scale), cache[phase]
+        of_phase.setdefault(phase, []).append(b)
+    for phase, elements in of_phase.items():
+        # a scale that all heads of an element share must not be shared with another element
+        shared = resolved.plan.quant == "fp8" and resolved.plan.phases[phase].granularity == "tensor"
+        step = 1 if shared else most
+        for start in range(0, len(elements), step):
+            yield phase, _Together(tuple(elements[start : start + step]))
 
 
 def _head_parts(heads: int, key_heads: int, mask_heads: int, at_once: int) -> Iterator[_Heads]:
-    """Heads in groups of about ``at_once`` query heads; one by one when each has its own mask."""
+    """Heads in groups of about ``at_once`` query heads; one by one when each of an element has its own mask."""
     group = heads // key_heads
     if mask_heads > 1:
         for head in range(heads):
-            yield _Heads(slice(head, head + 1), slice(head // group, head // group + 1), 1, head)
+            yield _Heads(slice(head, head + 1), slice(head // group, head // group + 1), 1, head % mask_heads)
         return
     step = max(1, at_once // group)
     for start in range(0, key_heads, step):
@@ -293,33 +345,41 @@ def _element(
     k: torch.Tensor,
     v: torch.Tensor,
     key_mask: torch.Tensor | None,
-    b: int,
+    several: _Together,
     phase: int,
     resolved: ResolvedPlan,
     slots: int,
     scale: float,
 ) -> _Element:
     dtype, layout, plan = work_dtype(q.dtype), resolved.k_layout, resolved.plan
-    one = slice(b, b + 1)
+    heads = q.shape[1]
+    q, k, v = (several.heads_of(x) for x in (q, k, v))
     if key_mask is not None:
-        key_mask = key_mask[one] if key_mask.shape[0] > 1 else key_mask
+        if key_mask.shape[0] > 1:
+            count = heads if len(several.elements) > 1 else -1  # elements differ: a row for each of their heads
+            key_mask = several.heads_of(key_mask.expand(-1, count, -1, -1))
+        elif key_mask.shape[1] > 1:
+            key_mask = key_mask[0].repeat(len(several.elements), 1, 1)
+        else:
+            key_mask = key_mask[0]
     shift = v_mean = None
     if plan.quant == "fp8":
         fp8 = quantize_attention(
-            q[one], k[one], v[one], resolved.q_layout, layout, plan.phases[phase].granularity,
-            smooth_k=plan.smooth_k, smooth_v=plan.smooth_v, hadamard=plan.hadamard, key_mask=key_mask,
+            q[None], k[None], v[None], resolved.q_layout, layout, plan.phases[phase].granularity,
+            smooth_k=plan.smooth_k, smooth_v=plan.smooth_v, hadamard=plan.hadamard,
+            key_mask=None if key_mask is None else key_mask[None],
         )  # fmt: skip
-        shift = fp8.lse_shift(q[one].to(dtype), scale)
+        shift = fp8.lse_shift(q[None].to(dtype), scale)
         v_mean = None if fp8.v_mean is None else fp8.v_mean[0]
         q_b, k_b, v_b = fp8.q.dequantize()[0], fp8.k.dequantize()[0], fp8.v.dequantize()[0]
     else:
-        q_b, k_b, v_b = q[b].to(dtype), k[b].to(dtype), v[b].to(dtype)
+        q_b, k_b, v_b = q.to(dtype), k.to(dtype), v.to(dtype)
     if key_mask is None:
         bias = torch.zeros(1, layout.length, 1, dtype=dtype, device=q.device)
     elif key_mask.dtype == torch.bool:
-        bias = torch.zeros(key_mask.shape, dtype=dtype, device=q.device).masked_fill_(~key_mask, NEG_INF)[0].mT
+        bias = torch.zeros(key_mask.shape, dtype=dtype, device=q.device).masked_fill_(~key_mask, NEG_INF).mT
     else:
-        bias = key_mask[0].to(dtype).mT
+        bias = key_mask.to(dtype).mT
     return _Element(
         q_b * scale,
         _to_slots(k_b, layout, slots, 0.0),
