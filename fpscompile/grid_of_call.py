@@ -32,7 +32,10 @@ class GridReader:
         self.given = grid
         config = getattr(model, "config", None)
         names = ("patch_size", "patch_size_t", "in_channels", "in_dim")
-        self.known = {name: getattr(config, name, getattr(model, name, None)) for name in names}
+        # A diffusers model warns where it is asked for what its config has.
+        self.known = {
+            name: getattr(config, name) if hasattr(config, name) else getattr(model, name, None) for name in names
+        }
         self.parameters = list(inspect.signature(model.forward).parameters)
         self.name = type(model).__name__
         self.channels_dim: int | None = None

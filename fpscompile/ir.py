@@ -15,7 +15,7 @@ class Reason(enum.StrEnum):
 
     KIND = "kind"  # spatial, temporal, cross or other attention: not asked for
     NO_GRID = "no-grid"  # the graph does not show (t, h, w) and nothing else told it
-    GRID_MISMATCH = "grid-mismatch"  # the grid told is not the token count of this site
+    GRID_MISMATCH = "grid-mismatch"  # the grid told is not the one that a table of positions shows
     TOKEN_ORDER = "token-order"  # the tokens are not in row-major (t, h, w) order
     SEGMENTS = "segments"  # several videos in one sequence, or parts that cannot be told apart
     DROPOUT = "dropout"

@@ -87,6 +87,40 @@ def fits(table: torch.Tensor, grid: Grid) -> bool:
     return all(_distinct(line) for line in lines)
 
 
+EVIDENCE = 3
+"""Columns that must turn with coordinates of another order before a grid that somebody named is doubted."""
+
+
+def contradicts(table: torch.Tensor, dim: int, grid: Grid) -> bool:
+    """Whether a table with tokens along ``dim`` shows them in another order than the rows of ``grid``.
+
+    A column that turns with one coordinate has as few values as that axis has places, each equally often, in
+    whatever order the tokens are. Where several such columns depend on no single axis of ``grid``, the tokens lie
+    otherwise. Columns that mix coordinates, and those that rounding makes uneven, say nothing.
+    """
+    rows = _varying(rows_of(table, dim))
+    if rows.shape[0] != grid[0] * grid[1] * grid[2] or rows.shape[1] < EVIDENCE:
+        return False
+    box = rows.view(*grid, -1)
+    alike = [(box - box.narrow(a, 0, 1).narrow(b, 0, 1)).abs().amax((0, 1, 2)) for a, b in ((0, 1), (0, 2), (1, 2))]
+    doubtful = rows[:, torch.stack(alike).amin(0) > TOLERANCE]
+    found = 0
+    for column in doubtful.T:
+        found += 1 < _even_values(column) <= len(column) // 4
+        if found == EVIDENCE:
+            return True
+    return False
+
+
+def _even_values(column: torch.Tensor) -> int:
+    """How many values a column has, if each occurs equally often; else 0."""
+    ordered = column.sort().values
+    steps = torch.nonzero(ordered.diff() > TOLERANCE).flatten() + 1
+    count = len(steps) + 1
+    each, rest = divmod(len(column), count)
+    return count if rest == 0 and bool((steps == each * torch.arange(1, count)).all()) else 0
+
+
 def _first(columns: torch.Tensor) -> int:
     """Index of the first True of bool [columns]; their number when there is none."""
     return int(columns.int().argmax()) if bool(columns.any()) else len(columns)

@@ -31,7 +31,7 @@ from fpscompile.passes.axes import (
 )
 from fpscompile.passes.base import argument, fake_tensor, fake_value, target_name
 from fpscompile.passes.frames import whole_of
-from fpscompile.passes.place_rules import choose, getitem, narrow, pad, select, split, unbind
+from fpscompile.passes.place_rules import choose, getitem, narrow, pad, select, split, unbind, unfold
 from fpscompile.passes.rule_tools import Result, Rule, dim_of, source_of
 
 if TYPE_CHECKING:
@@ -377,6 +377,7 @@ RULES: dict[str, Rule] = {
     "getitem": getitem,
     "getattr": attribute,
     "pad": pad,
+    "unfold": unfold,
     "linear": linear,
     **dict.fromkeys(("matmul", "bmm", "mm", "baddbmm", "__matmul__", "_scaled_mm"), matmul),
     "einsum": einsum,

@@ -53,7 +53,17 @@ def attention(
     heads = [shape_of(node)[1] for node in (query, key)]
     options = {"attn_mask": mask, "dropout_p": 0.0, "is_causal": False, "scale": scale}
     options["enable_gqa"] = not same(*heads)
-    return emit(state, F.scaled_dot_product_attention, (query, key, value), options)
+    call = emit(state, F.scaled_dot_product_attention, (query, key, value), options)
+    if _tensor(call).dtype != _tensor(query).dtype:  # autocast: the call casts, and what takes its place does not
+        call.args = in_dtype(state, call, _tensor(call).dtype)
+    return call
+
+
+def in_dtype(state: GraphState, call: fx.Node, dtype: torch.dtype) -> tuple[fx.Node, ...]:
+    """The call's q, k and v in a dtype, cast in front of the call where they are not."""
+    tensors = [tensor for tensor in call.args[:3] if isinstance(tensor, fx.Node)]
+    with state.graph.inserting_before(call):
+        return tuple(node if _tensor(node).dtype == dtype else emit(state, "to", (node, dtype)) for node in tensors)
 
 
 def _tensor(node: fx.Node) -> torch.Tensor:

@@ -1,4 +1,7 @@
-"""Products of two tensors as batched matrix products: matmul, bmm, baddbmm and einsum alike."""
+"""Products of two tensors as batched matrix products: matmul, bmm, baddbmm and einsum alike.
+
+The right operand may have one head where the left has several (keys that all of them share): it is broadcast.
+"""
 
 from __future__ import annotations
 
@@ -41,7 +44,7 @@ class Contraction:
 
 
 def read_contraction(node: fx.Node) -> Contraction | None:
-    """A product node as a batched matrix product with equal batch sizes, or None."""
+    """A product node as a batched matrix product, or None."""
     name = target_name(node)
     if name == "einsum":
         return _read_einsum(node)
@@ -104,5 +107,5 @@ def _spell_out(left: str, right: str, out: str, left_rank: int, right_rank: int)
 
 
 def _batch_agrees(left: fx.Node, right: fx.Node, left_dims: Any, right_dims: Any) -> bool:
-    left_shape, right_shape = shape_of(left), shape_of(right)
-    return all(same(left_shape[a], right_shape[b]) for a, b in zip(left_dims, right_dims, strict=True))
+    pairs = [(shape_of(left)[a], shape_of(right)[b]) for a, b in zip(left_dims, right_dims, strict=True)]
+    return all(same(many, one) or (place > 0 and one.expr == 1) for place, (many, one) in enumerate(pairs))

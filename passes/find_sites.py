@@ -11,8 +11,8 @@ A canonical call is a "3d" site when all of these hold:
 Of several videos in one sequence (history frames in front of the current ones) the largest is windowed; the others
 are seen by all tokens and see all, as text is.
 
-Then legality: no dropout, not causal, no mask but a key mask, a supported dtype, [B, heads, tokens, features].
-Anything else carries a Rejection. Changes nothing in the graph. Runs after trace_axes, whose labels it reads.
+Then legality (:mod:`fpscompile.passes.legality`). Anything else carries a Rejection. Changes nothing in the graph.
+Runs after trace_axes, whose labels it reads.
 """
 
 from __future__ import annotations
@@ -29,10 +29,10 @@ from fpscompile.ir import AttentionSite, Reason, Rejection, Segment, Size, Span
 from fpscompile.passes.axes import INPUT, Atom, Axis, Cat, Slice, axis_size, cut, describe, leaves, root, same
 from fpscompile.passes.base import GraphState, fake_tensor, shape_of, target_name
 from fpscompile.passes.canonical import COVERED, is_canonical
-from fpscompile.passes.grid_sources import grid_of, opaque, proven, rotary_table
+from fpscompile.passes.grid_sources import disputed, grid_of, opaque, proven, rotary_table
+from fpscompile.passes.legality import illegal
 from fpscompile.passes.told_tokens import reordered, resumed
 
-DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 ZERO = Size(sympy.Integer(0), 0)
 REMEDY = "name it with options['grid'], or let fpscompile.attach(model) publish it for every call"
 
@@ -232,6 +232,13 @@ def _told(
         )
         rejection = Rejection(Reason.TOKEN_ORDER, message, None, culprit)
         return replace(site, kind="3d", rejection=rejection)
+    table = disputed(state, matching[0], told)
+    if table is not None:
+        message = (
+            f"the values of {table.name}, a table of the tokens' positions, are not those of the rows of the grid "
+            f"{told} from {source}: the grid or the order of the tokens is another; {REMEDY}, in row-major order"
+        )
+        return replace(site, kind="3d", rejection=Rejection(Reason.GRID_MISMATCH, message, told, table))
     return _video_site(state, site, matching[0], (t, h, w), source, q_runs, k_runs)
 
 
@@ -256,7 +263,12 @@ def _apart(state: GraphState, site: AttentionSite, q_axis: Axis, k_axis: Axis, v
     if told is None or told[0] < 2 or not resumed():
         return None
     lone = [axis[0] for axis in axes if len(axis) == 1 and isinstance(axis[0], Atom) and axis[0].role == "root"]
-    if len(lone) < 3 or any(atom.source != INPUT or atom.size.hint != lone[0].size.hint for atom in lone):
+    if len(lone) < 3 or any(atom.source != INPUT for atom in lone):
+        return None
+    lengths = [atom.size.hint for atom in lone]
+    if lengths[0] == told[0] * told[1] * told[2] > lengths[1] == lengths[2]:
+        return replace(site, kind="cross")  # too few keys to be the video's
+    if len(set(lengths)) > 1:
         return None
     site = _told(state, site, (q_axis,), (q_axis,)) or site
     if site.grid is not None:
@@ -364,78 +376,6 @@ def _trail(state: GraphState, axis: Axis) -> str:
     origin = next((leaf.origin for leaf in leaves(axis)), "")
     node = next((n for n in state.graph.nodes if n.name == origin), None)
     return f"{origin} ({target_name(node)})" if node is not None else origin or "an input"
-
-
-def illegal(node: fx.Node) -> Rejection | None:
-    """Why a 3D site may not be rewritten, whatever its grid."""
-    query = fake_tensor(node.args[0])
-    assert query is not None
-    rate = node.kwargs.get("dropout_p")
-    if not isinstance(rate, (int, float)) or rate != 0:
-        message = f"dropout_p={rate}: attention dropout has no fused form; train with dropout 0 or call model.eval()"
-        return Rejection(Reason.DROPOUT, message, rate, node)
-    if node.kwargs.get("is_causal") is not False:
-        return Rejection(Reason.CAUSAL, "is_causal=True: causal attention is not full 3D attention", True, node)
-    if query.dtype not in DTYPES:
-        names = ", ".join(str(dtype).removeprefix("torch.") for dtype in DTYPES)
-        return Rejection(Reason.DTYPE, f"dtype {query.dtype} is not supported; use one of {names}", query.dtype, node)
-    dtypes = {fake_tensor(tensor).dtype for tensor in node.args[:3]}  # type: ignore[union-attr]
-    if len(dtypes) > 1:
-        return Rejection(Reason.DTYPE, f"q, k and v differ in dtype: {dtypes}", dtypes, node)
-    return _illegal_heads(node) or _illegal_mask(node)
-
-
-def _illegal_heads(node: fx.Node) -> Rejection | None:
-    query, key, value = (shape_of(tensor) for tensor in node.args[:3])  # type: ignore[arg-type]
-    grouped = node.kwargs.get("enable_gqa")
-    heads = [shape[1].hint for shape in (query, key, value)]
-    if heads[1] != heads[2] or (heads[0] != heads[1] and not grouped) or heads[0] % max(heads[1], 1):
-        return Rejection(Reason.LAYOUT, f"q, k, v have {heads} heads, which attention would broadcast", heads, node)
-    batches = [shape[0] for shape in (query, key, value)]
-    if not (same(batches[0], batches[1]) and same(batches[0], batches[2])):
-        return Rejection(Reason.LAYOUT, "q, k, v differ in batch size, which attention would broadcast", None, node)
-    return None
-
-
-def _illegal_mask(node: fx.Node) -> Rejection | None:
-    mask = key_mask(node)
-    if mask is None:
-        return None
-    value = fake_tensor(mask)
-    if value is None:
-        return Rejection(Reason.MASK, "the mask is not a tensor", mask, node)
-    shape = shape_of(mask)
-    if len(shape) >= 2 and shape[-2].expr != 1:
-        sizes = [str(size.expr) for size in shape]
-        message = (
-            f"the mask [{', '.join(sizes)}] differs from query to query (or may); only a key mask "
-            "[batch, heads, 1, keys] can be combined with a tile window"
-        )
-        return Rejection(Reason.MASK, message, sizes, node)
-    keys = shape_of(node.args[1])[2]  # type: ignore[arg-type]
-    if not shape or not same(shape[-1], keys):
-        return Rejection(Reason.MASK, "the mask's last dimension is not the keys", None, node)
-    if value.requires_grad:
-        return Rejection(
-            Reason.MASK, "the mask needs a gradient, which the rewritten attention does not give", None, node
-        )
-    if value.dtype not in (torch.bool, torch.float32, fake_tensor(node.args[0]).dtype):  # type: ignore[union-attr]
-        return Rejection(Reason.MASK, f"a mask of dtype {value.dtype} is not supported", value.dtype, node)
-    return None
-
-
-def key_mask(node: fx.Node) -> fx.Node | None:
-    """The mask of a site, seen through an ``expand`` that only repeats it for every query."""
-    mask = node.kwargs.get("attn_mask")
-    while isinstance(mask, fx.Node) and target_name(mask) in ("expand", "expand_as", "broadcast_to"):
-        source = mask.args[0]
-        if not isinstance(source, fx.Node) or fake_tensor(source) is None:
-            break
-        shape = shape_of(source)
-        if not shape or not same(shape[-1], shape_of(mask)[-1]) or (len(shape) >= 2 and shape[-2].expr != 1):
-            break
-        mask = source
-    return mask  # type: ignore[return-value]
 
 
 def _subgraph_sites(state: GraphState) -> list[AttentionSite]:

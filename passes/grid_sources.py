@@ -23,7 +23,7 @@ from fpscompile.ir import Reason, Rejection, Size
 from fpscompile.passes.axes import INPUT, Atom, Axis, Slice, axis_size, describe, joined, root
 from fpscompile.passes.base import GraphState, fake_tensor, fake_value, shape_of, target_name
 from fpscompile.passes.trace_axes import Meeting, is_parameter
-from fpscompile.rotary_grid import grid_of_table
+from fpscompile.rotary_grid import contradicts, grid_of_table
 
 logger = logging.getLogger(__name__)
 
@@ -123,6 +123,16 @@ def rotary_table(state: GraphState, run: Axis) -> RotaryTable | None:
                 found.setdefault(key, RotaryTable(meeting.node, meeting.dim, start, count, (t, h, w)))
                 break
     return next(iter(found.values())) if len(found) == 1 else None
+
+
+def disputed(state: GraphState, run: Axis, told: tuple[int, int, int]) -> fx.Node | None:
+    """A table that a run met and whose values show its tokens in another order than the rows of a told grid."""
+    if opaque(run):
+        for meeting in _tables(state, run):
+            table = _values(state, meeting.node)
+            if table is not None and contradicts(table, meeting.dim, told):
+                return meeting.node
+    return None
 
 
 def _tables(state: GraphState, run: Axis) -> Iterator[Meeting]:

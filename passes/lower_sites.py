@@ -32,7 +32,7 @@ from fpscompile.errors import FpsError
 from fpscompile.ir import AttentionSite, Size, Span
 from fpscompile.passes.axes import Axis, axis_size, describe, same
 from fpscompile.passes.base import GraphState, copy_origin, emit, fake_tensor, shape_of
-from fpscompile.passes.find_sites import key_mask
+from fpscompile.passes.legality import key_mask
 from fpscompile.passes.plan_sites import conservative_phase, resolved_plan
 from fpscompile.passes.strides import laid_out_as
 from fpscompile.passes.subgraphs import carry, holder, outermost_call

@@ -11,7 +11,21 @@ import torch
 from torch import fx
 
 from fpscompile.ir import Size
-from fpscompile.passes.axes import INPUT, Atom, Axis, Cat, Factor, Label, atom, concat, cut, describe, fresh, root
+from fpscompile.passes.axes import (
+    INPUT,
+    Atom,
+    Axis,
+    Cat,
+    Factor,
+    Label,
+    atom,
+    concat,
+    cut,
+    describe,
+    fresh,
+    root,
+    strided,
+)
 from fpscompile.passes.base import argument, fake_tensor, fake_value, size_of
 from fpscompile.passes.rule_tools import Result, dim_of, number, size_argument, source_of
 
@@ -145,7 +159,7 @@ def chosen_places(axis: Axis, index: fx.Node, size: Size) -> Axis:
 
 def _sliced(tracer: Tracer, axis: Axis, size: Size, item: slice, out: Size, name: str) -> Axis:
     if item.step not in (None, 1):
-        return fresh(name, 0, out)
+        return _every(tracer, axis, size, item, out) or fresh(name, 0, out)
     start = _place(tracer, item.start, size, Size(sympy.Integer(0), 0))
     stop = _place(tracer, item.stop, size, size)
     if start is None or stop is None:
@@ -156,6 +170,17 @@ def _sliced(tracer: Tracer, axis: Axis, size: Size, item: slice, out: Size, name
         # Nothing is clipped: a size that depends on data is this one.
         out = tracer.learn(out, length)
     return cut(axis, start, out)
+
+
+def _every(tracer: Tracer, axis: Axis, size: Size, item: slice, out: Size) -> Axis | None:
+    """Every n-th place of an axis: in its order, and other places than those from another start."""
+    start = _place(tracer, item.start, size, Size(sympy.Integer(0), 0))
+    lead = root(axis)
+    if start is None or lead is None or not isinstance(item.step, int):
+        return None
+    name = f"({describe(axis)})[{start.expr}::{item.step}]"
+    fields = {"source": lead.source, "origin": lead.origin, "dim": lead.dim}
+    return atom(name, out, parent=axis, role="strided", **fields)
 
 
 def _place(tracer: Tracer, value: Any, size: Size, default: Size) -> Size | None:
@@ -194,6 +219,17 @@ def pad(tracer: Tracer, node: fx.Node) -> Result:
         single = (Atom(f"{node.name}.{dim}", number(1), origin=node.name, dim=dim),)
         result[dim] = concat([part for part in (parts[0], axis or single, parts[1]) if part])
     return tuple(result)
+
+
+def unfold(tracer: Tracer, node: fx.Node) -> Result:
+    """``Tensor.unfold``: windows along one dimension, their places in a new one at the end."""
+    label, _ = source_of(tracer, node)
+    out = tracer.shape(node)
+    if len(out) != len(label) + 1 or not label:
+        return None
+    dim = dim_of(argument(node, 1, "dimension"), len(label))
+    lanes = fresh(node.name, len(label), out[-1])
+    return (*label[:dim], strided(label[dim], out[dim]), *label[dim + 1 :], lanes)
 
 
 def choose(tracer: Tracer, node: fx.Node) -> Result:

@@ -48,14 +48,11 @@ def normalize_softmax(state: GraphState, softmax: fx.Node) -> bool:
     return False
 
 
-def written_softmax(state: GraphState, division: fx.Node) -> bool:
-    """``exp(scores) / exp(scores).sum(-1)`` between two products: said to be no softmax that is known here."""
-    above, below = division.args[:2] if len(division.args) >= 2 else (None, None)
-    if not isinstance(above, fx.Node) or not isinstance(below, fx.Node) or target_name(below) != "sum":
-        return False
-    written = target_name(above) in ("exp", "exp_") and argument(below, 0, "input") is above
-    if written and leads_to_product(_tensor_operand(above)) and _meets_product(division):
-        miss = _miss("its softmax is written out with exp and sum; call torch.softmax in their place", division)
+def written_softmax(state: GraphState, node: fx.Node) -> bool:
+    """``exp`` (or ``log_softmax``) of scores whose result weighs something: said to be no softmax known here."""
+    if leads_to_product(_tensor_operand(node)) and _weighs(node):
+        name = target_name(node).rstrip("_")
+        miss = _miss(f"its softmax is written out with {name}; call torch.softmax in its place", node)
         state.near_misses.append(miss)
     return False
 
@@ -336,6 +333,15 @@ def _meets_product(node: fx.Node, depth: int = 4) -> bool:
             return True
         depth -= 1
     return False
+
+
+def _weighs(node: fx.Node, depth: int = 4) -> bool:
+    """Whether a product reads a node, or what a few elementwise steps make of it."""
+    if depth == 0:
+        return False
+    if any(target_name(user) in PRODUCTS for user in node.users):
+        return True
+    return any(fake_tensor(user) is not None and _like(user, node) and _weighs(user, depth - 1) for user in node.users)
 
 
 def _read_forward(softmax: fx.Node) -> _Output | Rejection | None:

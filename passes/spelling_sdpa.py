@@ -1,6 +1,7 @@
 """PyTorch's own call: brought into canonical argument style, in place; 3-D inputs get a heads dimension.
 
 ``[N, L, D]`` is attention with one head and a batch of N, whether N is the batch (one head) or batch and heads folded.
+Under autocast the call casts q, k and v itself, as the dtype of its result shows; those casts are written out.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from torch.nn import functional as F
 
 from fpscompile.ir import Reason, Rejection
 from fpscompile.passes.base import GraphState, argument, emit, fake_tensor, pinned, shape_of
-from fpscompile.passes.canonical import attention, substitute
+from fpscompile.passes.canonical import attention, in_dtype, substitute
 
 SDPA_ARGUMENTS: tuple[tuple[str, Any], ...] = (
     ("attn_mask", None),
@@ -29,7 +30,23 @@ def normalize_sdpa(state: GraphState, node: fx.Node) -> bool:
     tensors = [tensor for tensor in node.args[:3] if fake_tensor(tensor) is not None]
     if len(tensors) == 3 and all(len(shape_of(tensor)) == 3 for tensor in tensors):  # type: ignore[arg-type]
         modified |= _with_heads(state, node)
+    elif len(tensors) == 3:
+        modified |= _cast(state, node)
     return modified
+
+
+def _cast(state: GraphState, node: fx.Node) -> bool:
+    """q, k and v in the dtype of the result, where autocast makes that another than theirs."""
+    result = fake_tensor(node)
+    if result is None or all(fake_tensor(tensor).dtype == result.dtype for tensor in node.args[:3]):  # type: ignore[union-attr]
+        return False
+
+    def write() -> tuple[fx.Node, fx.Node]:
+        call = emit(state, F.scaled_dot_product_attention, node.args, dict(node.kwargs))
+        call.args = in_dtype(state, call, result.dtype)
+        return call, call
+
+    return substitute(state, node, (), write) is not None
 
 
 def canonicalize(node: fx.Node) -> bool:

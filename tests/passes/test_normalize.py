@@ -80,7 +80,7 @@ def sink_logit(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tenso
 
 
 def other_batch(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-    return (q @ k[:, :1].mT * SCALE).softmax(-1) @ v
+    return (q @ k[:1].mT * SCALE).softmax(-1) @ v
 
 
 def tensor_temperature(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
@@ -165,7 +165,7 @@ NEAR_MISSES: dict[str, tuple[Attention, str]] = {
     "doubled mask": (doubled_mask, "added with a factor"),
     "shifted unevenly": (shifted_unevenly, "sub stands between"),
     "scaled by key": (scaled_by_key, "mul stands between"),
-    "exponentials": (exponentials, "written out with exp and sum"),
+    "exponentials": (exponentials, "written out with exp;"),
     "powered weights": (powered_weights, "pow stands between the softmax and the values"),
     "transposed weights": (transposed_weights, "does not contract the keys"),
     "no values": (no_values, "does not weigh a tensor of values"),
