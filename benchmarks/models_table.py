@@ -61,6 +61,7 @@ REASONS = """
 | `kind` | spatial, temporal or cross attention, or a text encoder's: no 3D attention |
 | `mask` | a full mask [queries, keys], such as causal blocks of frames: only key masks combine with a window |
 | `no-grid` | nothing shows (t, h, w): give `options["grid"]` or use `fpscompile.attach` |
+| `grid-mismatch` | a rotary table shows another order of tokens, or another grid, than the one that was told |
 | `token-order` | tokens are not in row-major (t, h, w) order |
 | `segments` | keys and values, or queries, are not the video's tokens as a whole |
 
