@@ -9,7 +9,8 @@ How: interval arithmetic on the uniform registers along the control flow of the 
 two ways meet, a register keeps what each of them brings. A descriptor of the PTX is an address (14 bits, in units of 16
 bytes) plus a constant. At every product the constant that arrives must be one that the PTX has in a product of that
 shape. Addresses as such are not compared. Where registers have run out and a descriptor comes from somewhere else, it
-cannot be followed: that is a finding, too, but not a certain one.
+cannot be followed: that is a finding, too, but not a certain one. A descriptor made from a register that nothing has
+written yet is certain damage.
 """
 
 from __future__ import annotations
@@ -38,6 +39,9 @@ WORD = 1 << 32
 ANY: Interval = (0, WORD - 1)
 ADDRESSES = 1 << 14
 _ALTERNATIVES = 6  # that a register may have before it is taken to be anything, such as a loop's counter
+_TRUE: frozenset[Interval] = frozenset([(1, 1)])
+_UNWRITTEN: States = {f"?UR{i}": _TRUE for i in range(64)}
+"""At a kernel's entry. "?UR4" is true while "UR4" holds nothing that an instruction has made from something known."""
 
 
 @dataclass(frozen=True)
@@ -107,6 +111,12 @@ def _finding(
     understood = bool(known) and all(constant // WORD for constants in known for constant in constants)
     # Four registers: the descriptor of A, then that of B. Where A is in registers, the first two mean nothing.
     pairs = [first + 2] if in_registers else [first, first + 2]
+    for name in (f"UR{pair + i}" for pair in pairs for i in (0, 1)):
+        if states.get(f"?{name}") == _TRUE:
+            text = (
+                f"{instruction.opcode} at {instruction.address:#x}: {name} comes from a register that was never written"
+            )
+            return Finding(text, certain=True)
     words = [states.get(f"UR{pair + i}", frozenset((ANY,))) for pair in pairs for i in (0, 1)]
     worst: Finding | None = None
     for choice in itertools.product(*words):
@@ -143,7 +153,7 @@ def _states(instructions: Sequence[Instruction]) -> Iterable[tuple[Instruction, 
     if not instructions:
         return
     blocks, graph = assembly.flow(instructions)
-    before: dict[int, States] = {0: {}}
+    before: dict[int, States] = {0: dict(_UNWRITTEN)}
     pending = [0]
     while pending:
         block = pending.pop()
@@ -176,6 +186,7 @@ def _meet(old: States, new: States) -> States:
 def _step(instruction: Instruction, states: States) -> None:
     """Registers after an instruction."""
     operands = [part.strip().removesuffix(".reuse") for part in instruction.operands.split(",")]
+    _mark(instruction, operands, states)
     places = [i for i, name in enumerate(operands[:3]) if re.fullmatch(r"U(R|P)\d+", name)]
     if not places or places[0] > 1:
         return
@@ -197,6 +208,25 @@ def _step(instruction: Instruction, states: States) -> None:
             states.pop(name, None)
         else:
             states[name] = frozenset(values)
+
+
+def _mark(instruction: Instruction, operands: list[str], states: States) -> None:
+    """Follow what was never written. In doubt a register counts as written: whatever an instruction not known here
+    mentions, and pairs whose second half is in doubt."""
+    named = [name for part in operands for name in re.findall(r"UR\d+", part)]
+    if not named or re.match(r"\[|R(\d|Z)", operands[0]):  # what writes a vector register or memory writes no other
+        return
+    base, _, rest = instruction.opcode.partition(".")
+    known = base in ("UIADD3", "UMOV", "ULOP3", "USHF", "USGXT", "ULEA") and re.fullmatch(r"UR\d+", operands[0])
+    wide = "64" in rest or "WIDE" in rest
+    sources = named[1:]
+    garbage = known and not instruction.guarded and any(states.get(f"?{name}") == _TRUE for name in sources)
+    written = named[:1] if known else named
+    for name in [*written, *(map(_next, written) if wide or not known else ())]:
+        if garbage:
+            states[f"?{name}"] = _TRUE
+        else:
+            states.pop(f"?{name}", None)
 
 
 def _results(opcode: str, operands: list[str], state: State) -> dict[str, Interval]:

@@ -177,3 +177,32 @@ def test_a_descriptor_from_elsewhere_is_an_uncertain_finding() -> None:
     found = descriptors.findings(listing(GOOD.replace("UMOV UR19, 0x80000020", "R2UR UR19, R3")), PTX)
     assert found
     assert not any(item.certain for item in found)
+
+
+NEVER_WRITTEN = """
+    USGXT.U32 UR4, UR4, 0xe
+    UMOV UR5, URZ
+    UIADD3 UR26, UP0, UR18, 0x40, URZ
+    UIADD3.X UR27, UR18, -0x7fffffe0, URZ, UP0, !UPT
+    UMOV UR18, UR4
+    UMOV UR19, 0x80000020
+    HGMMA.64x32x16.F32.BF16 R88, R24, gdesc[UR16].tnspB, R88
+    HGMMA.64x32x16.F32.BF16 R88, R28, gdesc[UR24].tnspB, R88
+    EXIT
+"""
+"""What ptxas 12.8 made of a product with blocks of 16 keys: an address taken from a register before it gets there."""
+
+
+def test_a_register_that_was_never_written_is_damage() -> None:
+    """It gave gradients that were wrong by half; what it held by chance might have been an address."""
+    (found,) = descriptors.findings(listing(NEVER_WRITTEN), PTX)
+    assert found.certain
+    assert "at 0x70: UR26 comes from a register that was never written" in found.text
+
+
+@pytest.mark.parametrize("line", ["R2UR UR18, R3", "ULDC.64 UR18, c[0x0][0x210]", "ULDC.64 UR17, c[0x0][0x210]",
+                                  "ELECT P0, UR18, PT", "NEWOP UP0, UR18, R4"])  # fmt: skip
+def test_whatever_may_have_written_a_register_has(line: str) -> None:
+    found = descriptors.findings(listing(f"{line}\n{NEVER_WRITTEN}"), PTX)
+    assert not any(item.certain for item in found)
+    assert found
