@@ -75,6 +75,7 @@ def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--pool", type=int, help="training clips")
     for name in ("steps", "batch", "clips", "samples", "group"):
         parser.add_argument(f"--{name}", type=int)
+    parser.add_argument("--sample-steps", type=int, default=Budget.sample_steps)
     parser.add_argument("--lr", type=float, default=Budget.lr)
     parser.add_argument("--ema", type=float, default=Budget.ema)
     known, _ = parser.parse_known_args(argv)
@@ -132,7 +133,7 @@ def base_of(scene: str, args: argparse.Namespace) -> Path:
 def run_variant(variant: str, scene: str, seeds: Sequence[int], args: argparse.Namespace, console: Console) -> None:
     """Trains and evaluates a variant; one that is not "dense" also on the dense control's weights."""
     size, base = Size(), base_of(scene, args)
-    fields = ("steps", "batch", "lr", "ema", "clips", "samples", "group")
+    fields = ("steps", "batch", "lr", "ema", "clips", "samples", "group", "sample_steps")
     budget = Budget(**{name: getattr(args, name) for name in fields})
     how = Arithmetic(args.device, args.inner, args.lowering)
     for seed in seeds:
