@@ -1,9 +1,10 @@
 """How good the tuner's choice is on this CPU: tuned beside the untuned default and beside an exhaustive search.
 
 For grids of real models, one after another: a quick tuning run picks a kernel, as ``fpscompile.autotune`` does;
-an exhaustive search times every valid config of the generated kernel and every other lowering; then the tuned kernel,
-the default and the best of the exhaustive search are measured against each other, in turns.
+an exhaustive search times every valid config of the generated kernel and every other lowering, those near the best in
+turns; then the tuned kernel, the default and the best of the exhaustive search are measured against each other.
 
+    python benchmarks/autotune_cpu.py --build        builds all kernels, which any machine load may slow, and ends
     python benchmarks/autotune_cpu.py [--heads N] [--dtype float32] [--threads N] [--quick] [--json PATH]
 
 ``tuned_over_best`` is a ratio of interleaved times: 1.05 means that exhaustive search would save 5 %.
@@ -13,6 +14,7 @@ the default and the best of the exhaustive search are measured against each othe
 from __future__ import annotations
 
 import argparse
+import contextlib
 import math
 import statistics
 import sys
@@ -33,11 +35,17 @@ from fpscompile.lowerings import cpp
 from fpscompile.plan import PhasePlan, Plan, resolve
 from fpscompile.tuning.candidates import candidates
 from fpscompile.tuning.problem import Candidate, Problem
-from fpscompile.tuning.tuner import measure
+from fpscompile.tuning.tuner import build, measure
 
 Triple = tuple[int, int, int]
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 K = TypeVar("K")
+
+FINAL_ROUNDS = 11
+"""Turns of the tuned kernel, the default and the best."""
+
+NEAR = 1.5
+"""Ratio to the best beyond which the exhaustive search looks no further."""
 
 
 @dataclass(frozen=True)
@@ -84,25 +92,22 @@ def in_turns(functions: Mapping[K, Callable[[], float]], rounds: int) -> dict[K,
 
 
 def exhaustive(given: Problem, default: Candidate, rounds: int) -> tuple[Candidate, int]:
-    """(the candidate with the smallest median, how many there were); those three times slower are timed once."""
+    """(the candidate with the smallest median, how many there were). Every one is timed once when it is warm; those
+    within :data:`NEAR` of the best then take turns."""
     tensors = given.inputs()
-    runners = {}
-    for candidate in candidates(given, default, "full"):
-        timed = given.timed(candidate, tensors)
-        try:
+    once: dict[Candidate, float] = {}
+    runners = {candidate: given.timed(candidate, tensors) for candidate in candidates(given, default, "full")}
+    for candidate, timed in runners.items():
+        with contextlib.suppress(FpsError):
             timed()
-        except FpsError:
-            continue
-        runners[candidate] = timed
-    count = len(runners)
-    first = {candidate: timed() for candidate, timed in runners.items()}
-    near = {candidate: runners[candidate] for candidate in first if first[candidate] <= 3 * min(first.values())}
+            once[candidate] = timed()
+    near = {candidate: runners[candidate] for candidate in once if once[candidate] <= NEAR * min(once.values())}
     samples = in_turns(near, rounds)
-    return min(samples, key=lambda candidate: statistics.median(samples[candidate])), count
+    return min(samples, key=lambda candidate: statistics.median(samples[candidate])), len(once)
 
 
-def row(shape: Shape, heads: int, dtype: torch.dtype, rounds: int) -> dict[str, Any]:
-    given = problem(shape, heads, dtype)
+def row(shape: Shape, given: Problem, rounds: int) -> dict[str, Any]:
+    """One row of the table; all kernels are built."""
     default = Candidate(given.resolved.plan.lowering)
     began = time.perf_counter()
     tuned = measure(given, default, "quick")
@@ -114,7 +119,7 @@ def row(shape: Shape, heads: int, dtype: torch.dtype, rounds: int) -> dict[str, 
     finalists = {candidate: given.timed(candidate, tensors) for candidate in {tuned.candidate, default, best}}
     for timed in finalists.values():
         timed()
-    samples = in_turns(finalists, max(2 * rounds, 9))
+    samples = in_turns(finalists, FINAL_ROUNDS)
 
     def ratio(a: Candidate, b: Candidate) -> float:
         """Median over rounds of the ratio within a round."""
@@ -124,9 +129,9 @@ def row(shape: Shape, heads: int, dtype: torch.dtype, rounds: int) -> dict[str, 
         "shape": shape.name,
         "grid": shape.grid,
         "tile": shape.tile,
-        "heads": heads,
+        "heads": given.heads,
         "head_dim": shape.head_dim,
-        "dtype": str(dtype).removeprefix("torch."),
+        "dtype": str(given.dtype).removeprefix("torch."),
         "density": given.resolved.densities[0],
         "default_ms": 1e3 * statistics.median(samples[default]),
         "tuned_ms": 1e3 * statistics.median(samples[tuned.candidate]),
@@ -171,20 +176,32 @@ def summarize(rows: list[dict[str, Any]]) -> dict[str, Any]:
 
 def main(argv: list[str] | None = None) -> dict[str, Any]:
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
-    parser.add_argument("--heads", type=int, default=2)
+    parser.add_argument("--heads", type=int, default=1, help="of each shape; more multiply all candidates alike")
     parser.add_argument("--dtype", default="float32", choices=sorted(DTYPES))
-    parser.add_argument("--rounds", type=int, default=7, help="turns of the exhaustive search")
+    parser.add_argument("--rounds", type=int, default=5, help="turns of the exhaustive search")
     parser.add_argument("--threads", type=int, help="torch threads")
     parser.add_argument("--quick", action="store_true", help="one small shape, for continuous integration")
+    parser.add_argument("--build", action="store_true", help="only build the kernels")
     parser.add_argument("--json", type=Path, help="also write the rows to this file")
     args = parser.parse_args(argv)
     if args.threads:
         torch.set_num_threads(args.threads)
-    rows = []
+    rows, began = [], time.perf_counter()
     for shape in QUICK if args.quick else SHAPES:
-        made = row(shape, args.heads, DTYPES[args.dtype], args.rounds)
-        print(f"{shape.name}: tuned {made['tuned_over_best']:.3f}, default {made['default_over_best']:.3f} of the best")
+        given = problem(shape, args.heads, DTYPES[args.dtype])
+        build(given, candidates(given, Candidate(given.resolved.plan.lowering), "full"))
+        if args.build:
+            print(f"{shape.name}: built after {time.perf_counter() - began:.0f} s", flush=True)
+            continue
+        made = row(shape, given, args.rounds)
+        print(
+            f"{shape.name}: tuned {made['tuned_over_best']:.3f}, default {made['default_over_best']:.3f} of the best "
+            f"({time.perf_counter() - began:.0f} s so far)",
+            flush=True,
+        )
         rows.append(made)
+    if args.build:
+        return {}
     summary = summarize(rows)
     print_table("Tuned kernel against exhaustive search (interleaved medians)", COLUMNS, rows)
     print(", ".join(f"{name} {value:.3f}" for name, value in summary.items()))

@@ -64,7 +64,8 @@ def calibrate(
         max_error: largest relative L2 error of any site's output, averaged over samples and steps.
         target_density: kept fraction of the attention FLOPs of the whole model; what keeps the most accuracy is chosen.
             With ``max_error`` as well, no site exceeds that, even if the density is then missed.
-        held_out: share of the samples that are not looked at before the choice is made, and then tell its error.
+        held_out: share of the samples, drawn at random, that are not looked at before the choice is made and then tell
+            its error. The draw is always the same.
         options: tile, quant, schedule (of which the ranges of progress count) and the rest, as for compiling.
         path: the tuning file to save in; default the one in the cache folder.
         windows: further candidates, as options spell them.
@@ -80,8 +81,7 @@ def calibrate(
     file = tuning_path(path if path is not None else settings.tuning)
     store.check_writable(file)
     extra = tuple(window_of(window) for window in windows)
-    aside = min(len(samples) - 1, round(held_out * len(samples)))
-    fitting, checking = samples[: len(samples) - aside], samples[len(samples) - aside :]
+    fitting, checking = split(samples, held_out)
 
     collected = _Statistics(settings, extra, rows_per_tile)
     with torch.no_grad(), observed(pipe_or_model, settings, collected) as runner:
@@ -111,6 +111,14 @@ def calibrate(
     logger.info("%s: density %.3f, predicted %.4f, measured %s", report.key, report.density, report.predicted,
                 report.measured)  # fmt: skip
     return report
+
+
+def split(samples: Sequence[Any], held_out: float) -> tuple[list[Any], list[Any]]:
+    """(to fit, to hold out). At random, since samples may come in any order of steps; at least one is fitted."""
+    aside = min(len(samples) - 1, round(held_out * len(samples)))
+    order = torch.randperm(len(samples), generator=torch.Generator().manual_seed(0)).tolist()
+    held = set(order[:aside])
+    return [x for i, x in enumerate(samples) if i not in held], [x for i, x in enumerate(samples) if i in held]
 
 
 def _check(samples: Sequence[Any], max_error: float | None, target_density: float | None, held_out: float) -> None:

@@ -96,7 +96,7 @@ def _cpu_kernels() -> Iterator[Finding]:
         reason = cpp.why_not(getattr(torch, dtype), 64, 64, plan)
         subject = f"{dtype} on CPU" if quant == "none" else f"{quant} on CPU"
         if reason is None:
-            narrow = cpp_build.unavailable(dtype) if quant == "none" and dtype in cpp_build.CPU_FLAGS else None
+            narrow = cpp.widened(dtype, plan)
             wide = f"; it multiplies in float32, since {narrow}" if narrow else ""
             yield Finding("ok", subject, f"the generated C++ kernel (lowering 'cpp'){wide}")
         else:

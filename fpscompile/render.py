@@ -77,12 +77,15 @@ class CppConfig:
     """Key slots per step of the online softmax."""
     compute: str
     """Operands of the matrix products: "float32", "bfloat16", or "int8" (bytes, with ``quant="int8"``)."""
+    threads: int = 0
+    """Of a call, at most as many as torch uses; 0: as many. The source does not depend on it."""
 
     def is_valid(self, spec: KernelSpec) -> bool:
         """Whether the template can be rendered with this config."""
         return (
             self.block_m >= LANES
             and self.block_m % LANES == 0
+            and self.threads >= 0
             and self.compute in OPERANDS
             and (self.compute == "int8") == (spec.quant == "int8")
             # FP8 fixes where P is rounded; elsewhere blocks are whole panels.
@@ -149,7 +152,7 @@ def render(spec: KernelSpec, config: CppConfig | None = None) -> str:
     config = config or default_config(spec)
     if not config.is_valid(spec):
         raise UnsupportedError(f"{config} does not fit {spec}: see CppConfig.is_valid")
-    return _render(canonical(spec), config)
+    return _render(canonical(spec), dataclasses.replace(config, threads=0))
 
 
 @functools.lru_cache(maxsize=256)
@@ -178,7 +181,7 @@ def header(spec: KernelSpec, config: CppConfig) -> str:
     """Comment lines that name the spec, the config, the template's hash and the versions."""
     fields: list[tuple[str, Any]] = [
         ("spec", _line(dataclasses.asdict(spec))),
-        ("config", _line(dataclasses.asdict(config))),
+        ("config", _line({name: value for name, value in vars(config).items() if name != "threads"})),
         ("template", f"{FOLDER}/{TEMPLATES[spec.backward]} sha256:{template_hash()}"),
         ("torch", torch.__version__),
     ]

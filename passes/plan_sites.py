@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass
 
+from fpscompile import cpp_build
 from fpscompile.errors import OptionError, UnsupportedError
 from fpscompile.ir import AttentionSite
 from fpscompile.kernel_spec import tile_slots
@@ -73,7 +74,8 @@ def _lowering(site: AttentionSite, plan: Plan, state: GraphState) -> str:
     """The fastest lowering that can run a site on its device; what is asked for by name and cannot run is an error.
 
     1. On a GPU, the generated Triton kernels, quantized or not.
-    2. On a CPU that can build and run it, the generated kernel: it was faster than boxes at every shape measured.
+    2. On a CPU that can build and run it, the generated kernel: with AVX-512 it was faster than boxes at every shape
+       measured. Without, boxes were, and the kernel serves only what boxes cannot.
     3. Otherwise boxes, which run anywhere; or gather, where P is rounded to FP8 block by block, or where a window is no
        product of the three axes. Where 1 or 2 gives way, a record says why.
     """
@@ -105,6 +107,13 @@ def _lowering(site: AttentionSite, plan: Plan, state: GraphState) -> str:
     if reason is None and generated == "triton" and resolved.dynamic:
         reason = "its lists of tiles are made before the call, and a top-k window chooses tiles within it"
     if reason is None:
+        slower = cpp_build.slower_than_boxes() if generated == "cpp" and asked == "auto" else None
+        if slower is not None and plan.quant == "none" and resolved.product:
+            state.note("info", "lowering", f"lowering 'boxes' in place of 'cpp': {slower}")
+            return "boxes"
+        narrow = cpp.widened(str(query.dtype).removeprefix("torch."), plan) if generated == "cpp" else None
+        if narrow is not None:
+            state.note("info", "compute", f"bfloat16 operands are multiplied in float32: {narrow}")
         return generated
     fallback = "gather" if plan.quant == "fp8" or not resolved.product else "boxes"
     if asked != "auto":

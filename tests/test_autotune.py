@@ -6,6 +6,7 @@ import dataclasses
 import itertools
 import json
 import random
+import signal
 import statistics
 import subprocess
 import sys
@@ -218,14 +219,18 @@ def test_candidates_keep_what_was_asked_for(monkeypatch: pytest.MonkeyPatch) -> 
     assert Candidate("boxes") not in space.candidates(problem(quant="fp8"), Candidate("gather"), "full")
 
 
-def test_cpp_configs_are_valid_and_more_of_them_for_a_full_search() -> None:
+def test_cpp_configs_are_valid_and_more_of_them_for_a_full_search(monkeypatch: pytest.MonkeyPatch) -> None:
     from fpscompile.lowerings import cpp
     from fpscompile.render import CppConfig
 
     given = problem(phases=(PhasePlan(density=0.3),))
     if cpp.why_not(torch.float32, 32, 32, given.resolved.plan) is not None:
         pytest.skip("the generated kernel does not run here")
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
+    blocks = space.cpp_configs(given, "full")
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 8)
     quick, full = (space.cpp_configs(given, effort) for effort in ("quick", "full"))
+    assert len(full) == len(blocks) + 3, "and fewer threads"
     assert set(quick) <= set(full)
     assert len(full) > len(quick) > 2
     default = cpp.spec_of(*given.inputs("meta"), given.resolved)
@@ -235,6 +240,70 @@ def test_cpp_configs_are_valid_and_more_of_them_for_a_full_search() -> None:
             assert config is not None
             assert config.is_valid(default)
             assert config.compute == "float32", "the precision stays"
+            assert config.threads in ((0,) if candidate in blocks else (1, 2, 4))
+
+
+def test_threads_of_a_config_reach_the_kernel_and_not_its_source(monkeypatch: pytest.MonkeyPatch) -> None:
+    from fpscompile import cpp_build
+    from fpscompile.lowerings import cpp
+    from fpscompile.render import render
+
+    given = problem()
+    if cpp.why_not(torch.float32, 32, 32, given.resolved.plan) is not None:
+        pytest.skip("the generated kernel does not run here")
+    tensors = given.inputs()
+    spec = cpp.spec_of(*tensors, given.resolved)
+    default = cpp.config_of(spec, given.resolved.plan)
+    calls = []
+    run = cpp_build.run
+    monkeypatch.setattr(cpp_build, "run", lambda kernel, call: calls.append(call.threads) or run(kernel, call))
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    for threads in (0, 1, 9):
+        config = dataclasses.replace(default, threads=threads)
+        assert render(spec, config) == render(spec, default)
+        assert given.error(Candidate("cpp", space.pairs(config)), tensors) < 1e-5
+    assert calls == [2, 2, 1, 1, 2, 2], "two phases each"
+
+
+def test_kernels_are_built_before_anything_is_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each source once, and one that fails leaves the others alone."""
+    from fpscompile import cpp_build
+    from fpscompile.lowerings import cpp
+
+    given = problem(phases=(PhasePlan(density=0.3),))
+    if cpp.why_not(torch.float32, 32, 32, given.resolved.plan) is not None:
+        pytest.skip("the generated kernel does not run here")
+    built: list[str] = []
+
+    def load(source: str) -> None:
+        built.append(source)
+        if len(built) == 2:
+            raise UnsupportedError("rejected")
+
+    monkeypatch.setattr(cpp_build, "load", load)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 8)
+    said: list[str] = []
+    found = space.candidates(given, Candidate("cpp"), "quick")
+    tuner.build(given, found, said.append)
+    assert len(built) == len(set(built)) == len(said)
+    threads = sum(dict(candidate.config).get("threads", 0) > 0 for candidate in found)
+    assert threads == 1
+    assert len(built) == sum(candidate.lowering == "cpp" for candidate in found) - threads
+
+
+def test_a_quick_search_builds_no_configs_of_a_lowering_that_is_far_behind(monkeypatch: pytest.MonkeyPatch) -> None:
+    slow, fast, near = Candidate("cpp"), Candidate("boxes"), Candidate("gather")
+    configs = [Candidate(name, (("n", n),)) for name in ("cpp", "gather") for n in (1, 2)]
+    seconds = {"cpp": 2.0, "boxes": 1.0, "gather": 1.2}
+    monkeypatch.setattr(tuner, "candidates", lambda *args: (slow, fast, near, *configs))
+    monkeypatch.setattr(tuner, "build", lambda *args: None)
+    monkeypatch.setattr(Problem, "timed", lambda self, candidate, _: lambda: seconds[candidate.lowering])
+    monkeypatch.setattr(Problem, "error", lambda *args: 0.0)
+    quick, full = (tuner.measure(problem(), slow, effort) for effort in ("quick", "full"))
+    assert {name for name, _ in quick.tried} == {"cpp()", "boxes()", "gather()", "gather(n=1)", "gather(n=2)"}
+    assert len(full.tried) == 7
+    assert quick.candidate == full.candidate == fast
+    assert quick.notes == ("configs of cpp are not tried: by its own rule it takes 2.0 times as long as boxes()",)
 
 
 @pytest.mark.slow
@@ -366,6 +435,35 @@ def test_interrupting_keeps_what_is_done(path: Path, monkeypatch: pytest.MonkeyP
     assert [group.tuned.cached for group in report.groups if group.tuned] == [True, False]
 
 
+def several_signatures() -> tuple[nn.Module, tuple[torch.Tensor], dict[str, Any]]:
+    """For the command line."""
+    return Model((1, 2, 4, 8)).eval(), (latent(8, 16, 16),), {}
+
+
+@pytest.mark.slow
+def test_ctrl_c_in_a_real_process(tmp_path: Path) -> None:
+    """The terminal's signal, while the second signature or a later one is measured."""
+    file = tmp_path / "tuning.json"
+    command = [sys.executable, "-m", "fpscompile.cli", "tune", "test_autotune:several_signatures", "--file", str(file)]
+    command += ["--option", "density=0.3", "--option", "tile=(2,4,4)", "--option", "quant=none"]
+    tests = Path(__file__).parent
+    process = subprocess.Popen(command, cwd=tests, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
+    until = time.monotonic() + 300
+    while not file.exists() and process.poll() is None and time.monotonic() < until:
+        time.sleep(0.02)
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=120)
+    assert process.returncode == 130, err
+    assert err == "interrupted: what was measured so far is kept\n"
+    kept = set(read(file).contents.sites)
+    assert 1 <= len(kept) < 4
+    model, args, kwargs = several_signatures()
+    options = {"density": 0.3, "tile": (2, 4, 4), "quant": "none"}
+    report = autotune(model, *args, options=options, path=file, **kwargs)
+    assert {group.signature.key for group in report.groups if group.tuned and group.tuned.cached} == kept
+    assert len(read(file).contents.sites) == 4
+
+
 def test_a_wrong_kernel_never_wins(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def wrong(q: torch.Tensor, *args: object, **kwargs: object) -> tuple[torch.Tensor, torch.Tensor]:
         return torch.zeros_like(q), q.new_zeros(q.shape[:3])
@@ -435,7 +533,8 @@ def test_files_that_do_not_fit_are_named_and_ignored(path: Path, caplog: pytest.
         ({"versions": {"torch": "1.0"}}, "made with torch 1.0; this is "),
         ({"config": 3}, "not readable"),
         ({"lowering": "triton", "config": {}}, "cannot run here"),
-        ({"lowering": "boxes", "config": {"block_m": 3}}, "cannot run here"),
+        ({"lowering": "boxes", "config": {"block_m": 3}}, "boxes takes no config"),
+        ({"lowering": "gather", "config": {"block_m": 3}}, "gather takes no config"),
     ],
 )
 def test_entries_that_do_not_fit_are_named_and_ignored(path: Path, change: dict, words: str) -> None:
@@ -450,6 +549,40 @@ def test_entries_that_do_not_fit_are_named_and_ignored(path: Path, change: dict,
     notes = compiled_notes(model, x, tuning=str(path))
     assert "tuned" not in notes
     assert any(words in message for message in notes.values())
+
+
+@pytest.mark.parametrize(
+    ("config", "words"),
+    [
+        ({"block_m": 64, "block_n": 512, "compute": "float32", "threads": 1}, None),
+        ({"block_m": 64, "block_n": 512, "compute": "float32"}, None),
+        ({"block_m": 40, "block_n": 512, "compute": "float32"}, "cannot be rendered"),
+        ({"block_m": "64", "block_n": 512, "compute": "float32"}, "block_m='64' is no int"),
+        ({"block_m": 64, "block_n": 512, "compute": "float32", "warps": 4}, "has no 'warps'"),
+        ({"block_m": 64}, "block_n"),
+        ({"block_m": 64, "block_n": 512, "compute": "bfloat16"}, "multiplies in bfloat16, and this machine in float32"),
+    ],
+)
+def test_configs_that_a_file_may_hold(config: dict[str, Any], words: str | None) -> None:
+    given = problem(lowering="cpp")
+    reason = space.why_not(Candidate("cpp", tuple(sorted(config.items()))), given)
+    assert (reason is None) == (words is None), reason
+    assert words is None or words in reason
+
+
+def test_gpu_configs_that_a_file_may_hold(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fpscompile.lowerings.triton.target_of", lambda device: "cuda:90")
+    given = problem(lowering="triton", quant="fp8", tile=(2, 8, 8), phases=(PhasePlan(density=1.0),))
+    given = dataclasses.replace(given, device=torch.device("cuda"), head_dim=64, value_dim=64, weights=())
+
+    def reason(**config: Any) -> str | None:
+        return space.why_not(Candidate("triton", tuple(sorted(config.items()))), given)
+
+    assert reason(block_m=128, num_warps=8, num_stages=2) is None
+    assert "num_warps=3" in str(reason(block_m=128, num_warps=3, num_stages=2))
+    assert "num_stages=2.0 is no int" in str(reason(block_m=128, num_warps=8, num_stages=2.0))
+    wrong_phases = Candidate("triton", (), (2, 8, 8), ((1, 1, 1), (1, 1, 1)))
+    assert "windows for 2 phases, and the schedule has 1" in str(space.why_not(wrong_phases, given))
 
 
 def test_mistakes_are_found_before_anything_is_measured(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -486,6 +619,27 @@ def test_a_progress_bar_only_where_it_is_asked_for(
     assert "tuning" in err
 
 
+def test_what_the_processor_cannot_multiply_is_noted(monkeypatch: pytest.MonkeyPatch) -> None:
+    from fpscompile import cpp_build
+    from fpscompile.capture import captured
+    from fpscompile.tuning.capture import Collector
+
+    lacks = "the processor lacks avx512f"
+    monkeypatch.setattr(cpp_build, "unavailable", lambda compute="float32": None if compute == "float32" else lacks)
+    monkeypatch.setattr(cpp_build, "build_ahead", lambda source: None)
+    notes = {}
+    for dtype, options in ((torch.float32, {}), (torch.bfloat16, {}), (torch.float32, {"quant": "int8"})):
+        key = (dtype, *options.values())
+        look = lambda state, key=key: notes.update({key: [note.message for note in state.notes]})  # noqa: E731
+        settings = Settings.from_options(OPTIONS | {"autotune": "off"} | options)
+        captured(Model((2,)).eval().to(dtype), Collector(settings, look))(latent().to(dtype))
+    assert list(notes.values()) == [
+        [],
+        [f"bfloat16 operands are multiplied in float32: {lacks}"],
+        [f"lowering 'boxes', without quantization, in place of the faster 'cpp': {lacks}"],
+    ]
+
+
 def test_declined_sites_are_listed(path: Path) -> None:
     class Dropping(Model):
         def forward(self, latent: torch.Tensor) -> torch.Tensor:
@@ -497,6 +651,12 @@ def test_declined_sites_are_listed(path: Path) -> None:
     assert not report.groups
     assert "dropout" in report.declined[0][1]
     assert "left as it is" in str(report)
+
+
+def test_a_model_without_3d_attention_is_told(path: Path) -> None:
+    report = autotune(nn.Linear(2, 2), torch.ones(1, 2), options=OPTIONS, path=path)
+    assert "no 3D attention call was seen: fpscompile.explain says" in str(report)
+    assert not path.exists()
 
 
 # Free tiles
@@ -536,6 +696,28 @@ def test_another_tile_keeps_no_less_and_errs_no_more(path: Path, monkeypatch: py
         assert ours.density[0] >= theirs.density[0] - 1e-9
     assert tuned_error <= default_error * 1.05
     assert any("fpscompile.autotune chooses one" in note.message for note in default.notes)
+
+
+def test_the_sites_that_judge_a_tile_are_spread_over_the_model() -> None:
+    from fpscompile.autotune import spread
+
+    names = [f"blocks.{index}" for index in range(30)]
+    assert spread(names, 3) == ["blocks.0", "blocks.14", "blocks.29"]
+    assert spread(names[:3], 3) == names[:3]
+
+
+def test_real_calls_are_those_of_the_sites_of_the_signature(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Four blocks of two kinds of heads: each kind is judged by its own blocks, and by each once."""
+    grid = (8, 16, 16)
+    model = Structured(grid, (("local",) * 2, ("local",) * 3, ("global",) * 2, ("global",) * 3)).eval()
+    seen: list[Problem] = []
+    monkeypatch.setattr(tuner.Tuner, "tune", lambda self, problem, default: seen.append(problem))
+    autotune(model, torch.randn(1, 4, *grid), torch.ones(1), options=OPTIONS | {"tile": "auto"}, path=path)
+    assert [given.heads for given in seen] == [2, 3]
+    for given in seen:
+        queries = [reference[0] for reference in given.references]
+        assert [q.shape[1] for q in queries if q is not None] == [given.heads] * 2
+        assert not torch.equal(*queries)  # type: ignore[arg-type]
 
 
 def test_smallest_window_is_the_sparsest_that_keeps_enough() -> None:

@@ -16,9 +16,10 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fpscompile import Backend, Settings, autotune
-from fpscompile.calibrate import CalibrationError, calibrate
+from fpscompile.calibrate import CalibrationError, CalibrationReport, SiteCalibration, calibrate, split
 from fpscompile.calibration import statistics
 from fpscompile.calibration.candidates import candidates
+from fpscompile.calibration.held_out import HeldOut
 from fpscompile.calibration.knapsack import Item, solve
 from fpscompile.calibration.statistics import SiteStatistics, observe
 from fpscompile.errors import OptionError
@@ -237,8 +238,8 @@ def test_calibration_recovers_the_structure(tmp_path: Path) -> None:
 
 def test_prediction_is_exact_on_the_samples_it_was_made_from(tmp_path: Path) -> None:
     """Statistics on tiles and the masks themselves, through the kernel, tell the same error."""
-    given = samples(2)
-    report = calibrate(Structured().eval(), given + given, max_error=0.05, options=OPTIONS, path=tmp_path / "t.json")
+    report = calibrate(Structured().eval(), samples(1) * 4, max_error=0.05, options=OPTIONS, path=tmp_path / "t.json")
+    assert (report.samples, report.held_out) == (2, 2)
     for made in report.sites:
         assert made.measured == pytest.approx(made.predicted, rel=1e-4)
 
@@ -248,20 +249,48 @@ def test_phases_are_told_apart(tmp_path: Path) -> None:
     schedule = [{"start": 0.0, "end": 0.5, "window": "dense"}, {"start": 0.5, "end": 1.0, "window": "dense"}]
     given = [call for step in (100.0, 900.0) for call in samples(4, timestep=step)]
     report = calibrate(
-        Structured(late=True).eval(), given, max_error=0.05, held_out=0.0, path=tmp_path / "t.json",
+        Structured(late=True).eval(), given, max_error=0.05, path=tmp_path / "t.json",
         options={"tile": TILE, "schedule": schedule},
     )  # fmt: skip
+    told = "both halves have samples of both phases, though they come in order"
+    assert not any("reached progress" in note for note in report.notes), told
     for made in report.sites:
         early, late = made.densities
         assert late < 0.3
         assert early > 2 * late
-    assert report.measured is None
+        assert made.measured == pytest.approx(made.predicted, rel=0.2)
     assert report.ranges == ((0.0, 0.5), (0.5, 1.0))
+
+
+def test_held_out_phases_count_as_in_the_prediction() -> None:
+    """Whatever the mixture of the held-out steps; phases that the choice never saw do not count."""
+    ranges = ((0.0, 0.25), (0.25, 0.5), (0.5, 0.75), (0.75, 1.0))
+    report = CalibrationReport("Model", (1, 1, 1), TILE, "none", 0.1, None, ranges)
+    dense = ((Dense(),),) * 4
+    made = SiteCalibration("x", 1, 16, dense, ("tile",) * 4, (1.0,) * 4, 0.05, 1.0, 1.0, (0.6, 0.2, 0.2, 0.0))
+    report.sites.append(made)
+    held_out = HeldOut(report, one_phase=False)
+    held_out.errors["x"] = [[0.01], [0.1, 0.2, 0.3], [], [0.9]]
+    held_out.finish()
+    assert made.measured == pytest.approx((0.6 * 0.01 + 0.2 * 0.2) / 0.8)
+    assert made.held_out_calls == 4
+    assert report.notes == ["x: no held-out sample reached progress 0.5-0.75: the measured error is of other steps"]
+
+
+@pytest.mark.parametrize(
+    ("count", "share", "aside"), [(1, 0.5, 0), (2, 0.5, 1), (8, 0.25, 2), (3, 0.9, 2), (4, 0.0, 0)]
+)
+def test_split(count: int, share: float, aside: int) -> None:
+    fitting, held = split(range(count), share)
+    assert len(held) == aside
+    assert sorted(fitting + held) == list(range(count))
+    assert split(range(count), share) == (fitting, held), "always the same"
 
 
 def test_target_density_is_met_and_shared_wisely(tmp_path: Path) -> None:
     model = Structured(kinds=(("spatial",) * 4, ("global",) * 4), content=0.0).eval()
     report = calibrate(model, samples(4), target_density=0.6, held_out=0.0, options=OPTIONS, path=tmp_path / "t.json")
+    assert report.measured is None
     sharp, flat = report.sites
     assert report.density <= 0.6 + 1e-9
     assert sharp.densities[0] < flat.densities[0]

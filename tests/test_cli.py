@@ -331,6 +331,21 @@ def test_doctor_says_what_is_missing(run, tmp_path: Path, cold_caches: Path, mon
     assert found["FPS_DISABLE"]["level"] == found["TRITON_INTERPRET"]["level"] == "warning"
 
 
+def test_doctor_says_in_words_what_the_processor_cannot_multiply(  # type: ignore[no-untyped-def]
+    run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A processor with AVX2 alone: float32 kernels, and everything else by way of them or not at all."""
+    from fpscompile import cpp_build
+
+    lacks = "the processor lacks avx512f"
+    monkeypatch.setattr(cpp_build, "unavailable", lambda compute="float32": None if compute == "float32" else lacks)
+    found = findings(run, tmp_path)
+    words = "the generated C++ kernel (lowering 'cpp')"
+    assert found["float32 on CPU"]["text"] == found["fp8 on CPU"]["text"] == words
+    assert found["bfloat16 on CPU"]["text"] == f"{words}; it multiplies in float32, since {lacks}"
+    assert found["int8 on CPU"]["text"] == f"lowering boxes, without quantization: {lacks}"
+
+
 def test_doctor_builds_and_checks_a_kernel(run, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
     found = findings(run, tmp_path, "--build")
     if "'cpp'" in found["float32 on CPU"]["text"]:

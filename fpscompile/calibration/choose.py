@@ -106,9 +106,10 @@ def _site(
     made = SiteCalibration(
         site.name, site.heads, site.head_dim, tuple(windows), tuple(granularities), tuple(densities), predicted,
         _uniform(site, levels, max(predicted, report.max_error or 0.0), report.weights), _flops(site),
+        tuple(site.share(phase) for phase in range(len(report.ranges))),
     )  # fmt: skip
     if unseen:
-        ranges = ", ".join(f"{report.ranges[phase][0]:g}-{report.ranges[phase][1]:g}" for phase in unseen)
+        ranges = ", ".join(map(report.range_text, unseen))
         report.notes.append(f"{site.name}: no sample reached progress {ranges}: dense there")
     if all(density >= options.densities[-1] - 1e-12 for density in densities):
         made.reason = _why_dense(site, levels, report.max_error)

@@ -14,7 +14,8 @@ class HeldOut:
     def __init__(self, report: CalibrationReport, one_phase: bool) -> None:
         self.report = report
         self.one_phase = one_phase
-        self.errors: dict[str, list[float]] = {site.name: [] for site in report.sites}
+        self.errors: dict[str, list[list[float]]] = {site.name: [[] for _ in report.ranges] for site in report.sites}
+        """Of each call, by site and phase."""
         self.plans: dict[str, Plan] = {}
         for site in report.sites:
             phases = tuple(
@@ -35,15 +36,25 @@ class HeldOut:
             call.q, call.k, call.v, key_mask=call.key_mask, phases=phases, resolved=resolved, scale=call.scale
         )
         difference = (out.float() - call.out.float()).flatten(1).norm(dim=1)
-        self.errors[call.site] += (difference / call.out.float().flatten(1).norm(dim=1)).tolist()
+        for phase, error in zip(phases, difference / call.out.float().flatten(1).norm(dim=1), strict=True):
+            self.errors[call.site][phase].append(float(error))
 
     def finish(self) -> None:
+        """Write each site's error into the report: phases count by their share of the fitting calls, as they do in the
+        prediction, whatever mixture of steps was held out."""
         for site in self.report.sites:
-            errors = self.errors[site.name]
-            site.held_out_calls = len(errors)
-            if not errors:
+            errors, seen = self.errors[site.name], [phase for phase, share in enumerate(site.shares) if share > 0]
+            known = [phase for phase in seen if errors[phase]]
+            site.held_out_calls = sum(len(errors[phase]) for phase in known)
+            if not known:
                 continue
-            site.measured = sum(errors) / len(errors)
+            if known != seen:
+                missing = ", ".join(self.report.range_text(phase) for phase in seen if phase not in known)
+                self.report.notes.append(
+                    f"{site.name}: no held-out sample reached progress {missing}: the measured error is of other steps"
+                )
+            total = sum(site.shares[phase] for phase in known)
+            site.measured = sum(site.shares[phase] / total * sum(errors[phase]) / len(errors[phase]) for phase in known)
             limit = self.report.max_error
             if limit is not None and site.measured > limit and not site.reason:
                 self.report.notes.append(

@@ -105,24 +105,36 @@ def _slope(item: Item, a: int, b: int) -> float:
     return (item.errors[b] - item.errors[a]) / (item.costs[a] - item.costs[b])
 
 
+_Move = tuple[float, int, int, int]
+"""(minus what it saves, item, option after, option before)."""
+
+
 def _fill(
     items: Sequence[Item], choices: list[int], errors: dict[Hashable, float], limits: Mapping[Hashable, float]
 ) -> float:
     """Use what is left of the budgets: the largest savings that fit, one after another. Returns the change in cost."""
+
+    def moves(index: int) -> list[_Move]:
+        costs, now = items[index].costs, choices[index]
+        cheaper = [option for option, cost in enumerate(costs) if costs[now] - cost > 1e-15]
+        return [(costs[option] - costs[now], index, option, now) for option in cheaper]
+
+    heap = [move for index in range(len(items)) for move in moves(index)]
+    heapq.heapify(heap)
+    waiting: dict[Hashable, list[_Move]] = {}
     change = 0.0
-    while True:
-        best: tuple[float, int, int] | None = None
-        for index, item in enumerate(items):
-            room = limits.get(item.group, math.inf) - errors[item.group]
-            now = choices[index]
-            for option, cost in enumerate(item.costs):
-                saved = item.costs[now] - cost
-                fits = item.errors[option] - item.errors[now] <= room
-                if saved > 1e-15 and fits and (best is None or saved > best[0]):
-                    best = (saved, index, option)
-        if best is None:
-            return change
-        saved, index, option = best
-        errors[items[index].group] += items[index].errors[option] - items[index].errors[choices[index]]
+    while heap:
+        saved, index, option, before = move = heapq.heappop(heap)
+        item = items[index]
+        if choices[index] != before:
+            continue
+        added = item.errors[option] - item.errors[before]
+        if added > limits.get(item.group, math.inf) - errors[item.group]:
+            waiting.setdefault(item.group, []).append(move)
+            continue
+        errors[item.group] += added
         choices[index] = option
-        change -= saved
+        change += saved
+        for other in moves(index) + (waiting.pop(item.group, []) if added < 0 else []):
+            heapq.heappush(heap, other)
+    return change

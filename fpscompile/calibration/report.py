@@ -37,6 +37,8 @@ class SiteCalibration:
     """Of the sparsest single window for all heads and phases that keeps the site within the same error."""
     flops: float
     """Of one dense forward."""
+    shares: tuple[float, ...]
+    """Of the fitting calls, per phase."""
     measured: float | None = None
     """The same error on held-out samples, through the masks themselves; None without any."""
     held_out_calls: int = 0
@@ -82,6 +84,11 @@ class CalibrationReport:
     def weights(self) -> tuple[float, ...]:
         """Share of the denoising steps in each phase."""
         return tuple(end - start for start, end in self.ranges)
+
+    def range_text(self, phase: int) -> str:
+        """ "0.2-0.6"."""
+        start, end = self.ranges[phase]
+        return f"{start:g}-{end:g}"
 
     def _mean(self, values: Mapping[str, float]) -> float:
         total = sum(site.flops for site in self.sites)
@@ -174,17 +181,17 @@ class CalibrationReport:
             f"{self.model} on grid {'x'.join(map(str, self.grid))}: density {self.density:.3f} (one window for all "
             f"heads: {self.uniform_density:.3f}), error predicted {self.predicted:.2%}{measured}"
         )
-        table = Table(title=title, title_justify="left")
+        table = Table()
         for name in ("site", "progress", "heads: window", "density", "predicted", "measured"):
             table.add_column(name)
         for site in self.sites:
-            for index, (start, end) in enumerate(self.ranges):
+            for index in range(len(self.ranges)):
                 groups = "; ".join(f"{heads}: {window_text(window)}" for heads, window in site.groups(index).items())
                 errors = [f"{site.predicted:.2%}", "" if site.measured is None else f"{site.measured:.2%}"]
                 name = (site.name or "(model)") if index == 0 else ""
                 shown = errors if index == len(self.ranges) - 1 else ["", ""]
-                table.add_row(name, f"{start:g}-{end:g}", groups, f"{site.densities[index]:.3f}", *shown)
-        return Group(table, *(Text(line) for line in self.remarks))
+                table.add_row(name, self.range_text(index), groups, f"{site.densities[index]:.3f}", *shown)
+        return Group(Text(title), table, *(Text(line) for line in self.remarks))
 
     def __str__(self) -> str:
         with open(os.devnull, "w") as nowhere:

@@ -76,9 +76,17 @@ def compute_of(dtype: str, plan: Plan) -> str:
         return plan.compute
     if plan.quant == "fp8":
         return "float32"
-    wanted = COMPUTE[dtype]
-    # bfloat16 products without the instruction are slower than float32 ones, and lose more
-    return "float32" if wanted == "bfloat16" and cpp_build.unavailable(wanted) is not None else wanted
+    return COMPUTE[dtype] if widened(dtype, plan) is None else "float32"
+
+
+def widened(dtype: str, plan: Plan) -> str | None:
+    """Why bfloat16 operands are multiplied in float32 on this machine; None where they are not, or were asked to be.
+
+    Without the instruction, bfloat16 products are slower than float32 ones, and lose more.
+    """
+    if plan.compute != "auto" or plan.quant != "none" or COMPUTE.get(dtype) != "bfloat16":
+        return None
+    return cpp_build.unavailable("bfloat16")
 
 
 def forward(
@@ -177,7 +185,7 @@ def forward(
         "n_row_blocks": len(queries),
         "mask_heads": mask.kv_num_blocks.shape[1],
         "capacity": mask.kv_indices.shape[-1],
-        "threads": torch.get_num_threads(),
+        "threads": min(config.threads or torch.get_num_threads(), torch.get_num_threads()),
     }
     pointers = {name: None if x is None else x.data_ptr() for name, x in tensors.items()}
     call = _Call(**pointers, **strides, **sizes, scale=scale)

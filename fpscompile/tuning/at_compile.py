@@ -21,9 +21,10 @@ from fpscompile.passes.lower_sites import _root_of_frame
 from fpscompile.plan import Plan
 from fpscompile.settings import Settings
 from fpscompile.tuning import store
+from fpscompile.tuning.candidates import why_not
 from fpscompile.tuning.capture import problem_of
 from fpscompile.tuning.problem import Candidate
-from fpscompile.tuning.tuner import Tuned, Tuner, find, tuning_path
+from fpscompile.tuning.tuner import Tuner, find, tuning_path
 
 logger = logging.getLogger("fpscompile.tuning")
 
@@ -66,8 +67,9 @@ def tuned_plan(site: AttentionSite, plan: Plan, state: GraphState) -> Plan:
     except FpsError as error:
         state.note("info", "tuning", f"not tuned, {problem.signature.describe()}: {error}")
         return plan
-    if not _fits(tuned, plan, settings, problem.resolved.product):
-        state.note("info", "tuning", f"{path} offers {tuned.candidate}, which cannot run here: it is ignored")
+    unfit = why_not(tuned.candidate, problem)
+    if unfit is not None:
+        state.note("info", "tuning", f"{path} offers {tuned.candidate}, which cannot run here and is ignored: {unfit}")
         return plan
     state.note(
         "info",
@@ -92,36 +94,6 @@ def _missing(state: GraphState, loaded: store.Loaded, described: str, reason: st
         message = f"tuning file {path} {reason}: ignored for {described}; {held}"
     state.note("info", "tuning-ignored", message)
     logger.warning("%s", message)
-
-
-def _fits(tuned: Tuned, plan: Plan, settings: Settings, product: bool) -> bool:
-    """Whether a file from elsewhere names a lowering and a config that this release can launch.
-
-    Args:
-        product: whether every window of the site is a product of the axes, as boxes need.
-    """
-    candidate = tuned.candidate
-    if settings.lowering != "auto" and candidate.lowering != plan.lowering:
-        return False
-    if candidate.lowering == "boxes":
-        return not candidate.config and plan.quant == "none" and product
-    if candidate.lowering == "gather":
-        return not candidate.config and plan.quant in ("none", "fp8")
-    classes: dict[str, Any] = {}
-    if candidate.lowering == "cpp":
-        from fpscompile.render import CppConfig
-
-        classes["cpp"] = CppConfig
-    elif candidate.lowering == "triton":
-        from fpscompile.gpu.config import KernelConfig
-
-        classes["triton"] = KernelConfig
-    cls = classes.get(candidate.lowering)
-    if cls is None or candidate.lowering != plan.lowering:
-        return False
-    return not candidate.config or {name for name, _ in candidate.config} == {
-        field.name for field in dataclasses.fields(cls)
-    }
 
 
 def calibrated(state: GraphState) -> Settings:

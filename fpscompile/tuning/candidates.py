@@ -12,6 +12,8 @@ import itertools
 import logging
 from typing import Any
 
+import torch
+
 from fpscompile.errors import FpsError
 from fpscompile.masks import Window, window_density
 from fpscompile.tiling import TileLayout
@@ -118,6 +120,10 @@ def cpp_configs(problem: Problem, effort: str) -> list[Candidate]:
         dataclasses.replace(default, **dict(zip(choices, values, strict=True)))
         for values in itertools.product(*choices.values())
     ]
+    # Threads matter to small sites and to cores that share their units, not to the best blocks: no product of the two.
+    threads = torch.get_num_threads()
+    fewer = {"quick": [threads // 2], "full": [threads // 2, threads // 4, 1]}[effort]
+    made += [dataclasses.replace(default, threads=count) for count in fewer if 0 < count < threads]
     others = [Candidate("cpp", pairs(config)) for config in made if config != default and config.is_valid(spec)]
     return [Candidate("cpp"), *others]
 
@@ -139,3 +145,52 @@ def triton_configs(problem: Problem, effort: str) -> list[Candidate]:
     except (FpsError, ImportError) as error:
         logger.info("the cost model does not rank the configs of %s: %s", spec.target, error)
     return [Candidate("triton"), *(Candidate("triton", pairs(config)) for config in configs[: PRUNED[effort]])]
+
+
+def why_not(candidate: Candidate, problem: Problem) -> str | None:
+    """Why an entry of a file, from elsewhere or edited by hand, cannot be launched for a site; None if it can."""
+    plan, lowering = problem.resolved.plan, candidate.lowering
+    if problem.asked != "auto" and lowering != plan.lowering:
+        return f"lowering={problem.asked!r} is asked for"
+    if candidate.tile is not None and len(candidate.windows) != len(plan.phases):
+        return f"it has windows for {len(candidate.windows)} phases, and the schedule has {len(plan.phases)}"
+    if lowering in ("boxes", "gather"):
+        if candidate.config:
+            return f"{lowering} takes no config"
+        if lowering == "boxes" and plan.quant != "none":
+            return f"boxes do not compute with quant={plan.quant!r}"
+        if lowering == "boxes" and not problem.resolved.product:
+            return "boxes take windows that are products of the axes"
+        return f"gather does not compute with quant={plan.quant!r}" if plan.quant not in ("none", "fp8") else None
+    if lowering not in ("cpp", "triton") or lowering != plan.lowering:
+        return f"this machine runs {plan.lowering!r}"
+    return _why_no_config(candidate, problem) if candidate.config else None
+
+
+def _why_no_config(candidate: Candidate, problem: Problem) -> str | None:
+    """Why the generated kernel cannot be rendered with a config; what is wrong with it is the lowering's to say."""
+    from fpscompile.gpu import config as gpu_config
+    from fpscompile.lowerings import cpp, triton
+    from fpscompile.render import CppConfig
+
+    cls = CppConfig if candidate.lowering == "cpp" else gpu_config.KernelConfig
+    known = {field.name: field.type for field in dataclasses.fields(cls)}
+    for name, value in candidate.config:
+        if name not in known:
+            return f"its config has no {name!r}"
+        if type(value).__name__ != known[name]:
+            return f"{name}={value!r} is no {known[name]}"
+    try:
+        config = cls(**dict(candidate.config))
+    except TypeError as error:
+        return str(error)
+    q, k, v, key_mask = problem.inputs("meta")
+    resolved = problem.resolved_for(candidate)
+    if isinstance(config, CppConfig):
+        spec = cpp.spec_of(q, k, v, key_mask, resolved)
+        compute = cpp.config_of(spec, problem.resolved.plan).compute
+        if config.compute != compute:
+            return f"it multiplies in {config.compute}, and this machine in {compute}"
+        return None if config.is_valid(spec) else "the template cannot be rendered with it"
+    spec = dataclasses.replace(triton.spec_of(q, k, v, key_mask, resolved), target=triton.target_of(problem.device))
+    return gpu_config.why_invalid(config, spec)

@@ -10,7 +10,7 @@ from torch import fx
 
 from fpscompile.ir import AttentionSite
 from fpscompile.passes.base import GraphState, fake_tensor, module_path, size_of
-from fpscompile.passes.find_sites import key_mask
+from fpscompile.passes.legality import key_mask
 from fpscompile.passes.plan_sites import resolved_plan
 from fpscompile.plan import Plan
 from fpscompile.settings import Settings

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import logging
 import os
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,6 +23,11 @@ from fpscompile.tuning.signature import Signature, versions
 from fpscompile.windows.checks import check_window
 
 logger = logging.getLogger("fpscompile.tuning")
+
+
+GIVE_UP = 1.5
+"""Ratio to the fastest candidate at which a quick search does not build further configs of a lowering: those of one
+lowering differ by less."""
 
 
 @dataclass(frozen=True)
@@ -168,17 +175,27 @@ def measure(
     tensors = problem.inputs()
     notes: list[str] = []
     runners: dict[Candidate, Callable[[], float]] = {}
-    for candidate in candidates(problem, default, effort):
-        on_measurement(f"preparing {candidate}")
-        try:
-            timed = problem.timed(candidate, tensors)
-            timed()  # builds and loads
-        except Exception as failure:
-            if candidate == default:
-                raise
-            notes.append(f"{candidate} cannot run: {type(failure).__name__}: {' '.join(str(failure).split())[:200]}")
-            continue
-        runners[candidate] = timed
+
+    def prepare(some: Sequence[Candidate]) -> None:
+        build(problem, some, on_measurement)
+        for candidate in some:
+            on_measurement(f"preparing {candidate}")
+            try:
+                timed = problem.timed(candidate, tensors)
+                timed()  # loads, fills caches
+            except Exception as failure:
+                if candidate == default:
+                    raise
+                text = " ".join(str(failure).split())[:200]
+                notes.append(f"{candidate} cannot run: {type(failure).__name__}: {text}")
+                continue
+            runners[candidate] = timed
+
+    found = candidates(problem, default, effort)
+    prepare([candidate for candidate in found if not candidate.config])
+    slow = _far_behind(runners) if effort == "quick" else {}
+    notes += [f"configs of {lowering} are not tried: {reason}" for lowering, reason in slow.items()]
+    prepare([candidate for candidate in found if candidate.config and candidate.lowering not in slow])
     result = race(
         runners, EFFORTS[effort], incumbent=default, tick=lambda: on_measurement(f"racing {len(runners)} candidates")
     )
@@ -209,6 +226,48 @@ def measure(
         result.measurements, time.perf_counter() - began,
     )  # fmt: skip
     return tuned
+
+
+def _far_behind(runners: Mapping[Candidate, Callable[[], float]]) -> dict[str, str]:
+    """Lowerings that no config would save, and why: building a kernel takes seconds."""
+    first = {candidate: min(timed(), timed()) for candidate, timed in runners.items()}
+    best = min(first, key=lambda candidate: first[candidate])
+    return {
+        candidate.lowering: f"by its own rule it takes {seconds / first[best]:.1f} times as long as {best}"
+        for candidate, seconds in first.items()
+        if candidate.tile is None and seconds > GIVE_UP * first[best]
+    }
+
+
+def build(
+    problem: Problem, found: Sequence[Candidate], on_measurement: Callable[[str], None] = lambda text: None
+) -> None:
+    """Build the CPU kernels of the candidates, one on each core, before anything is timed.
+
+    One that cannot be built is not reported here: running it tells.
+    """
+    from fpscompile import cpp_build
+    from fpscompile.lowerings import cpp
+    from fpscompile.render import render
+
+    q, k, v, key_mask = problem.inputs("meta")
+    sources: dict[str, None] = {}
+    for candidate in found:
+        if candidate.lowering == "cpp":
+            resolved = problem.resolved_for(candidate)
+            spec = cpp.spec_of(q, k, v, key_mask, resolved)
+            sources[render(spec, cpp.config_of(spec, resolved.plan))] = None
+
+    def one(source: str) -> None:
+        with contextlib.suppress(FpsError, OSError):
+            cpp_build.load(source)
+
+    pool = ThreadPoolExecutor(max_workers=os.cpu_count())
+    try:
+        for index, _ in enumerate(pool.map(one, sources)):
+            on_measurement(f"built {index + 1} of {len(sources)} kernels")
+    finally:  # of an interrupt as well: what has not begun does not begin
+        pool.shutdown(wait=False, cancel_futures=True)
 
 
 def tuning_path(path: str | os.PathLike[str] | None) -> Path:
