@@ -39,7 +39,7 @@ def load(name: str) -> ModuleType:
 
 def test_every_example_is_tested() -> None:
     helpers = {"clip_latents", "demo_picture"}
-    elsewhere = {"train_small_wan", "small_wan_experiment", "small_wan_video"}  # test_training_*.py
+    elsewhere = {"train_small_wan", "small_wan_experiment", "small_wan_video", "finetune_wan"}  # test_training_*.py
     named = {"demo_wan", "quickstart", "own_schedule", "hand_written", "fine_tune"}
     assert set(SCRIPTS) == helpers | elsewhere | named
 

@@ -1,0 +1,1 @@
+"""Parts of ``examples/finetune_wan.py``: clips, parallelism and what is saved."""
