@@ -60,6 +60,7 @@ class Packed:
     k_scale: torch.Tensor
     v_scale: torch.Tensor
     lse_shift: torch.Tensor
+    v_mean: torch.Tensor | None = None
 
 
 @dataclass
@@ -257,7 +258,9 @@ def video_case(
         near = (torch.arange(n) >= start) & (torch.arange(n) < start + w)
         before = visible.shape[-1]
         visible = (visible[..., :, None, :, None] & near[:, None, :]).reshape(1, 1, before * n, before * n)
-    return make_case(sizes, math.prod(tile), visible, [0], heads, heads, **features)
+    slots = math.prod(tile)
+    slots = slots if slots in (32, 64) else -(-slots // BLOCK) * BLOCK
+    return make_case(sizes, slots, visible, [0], heads, heads, **features)
 
 
 # --------------------------------------------------------------------------------------------------------- reference
