@@ -26,15 +26,15 @@ from torch import fx
 
 from fpscompile.errors import GridError
 from fpscompile.ir import AttentionSite, Reason, Rejection, Segment, Size, Span
-from fpscompile.passes.axes import INPUT, Atom, Axis, Cat, Slice, axis_size, cut, describe, leaves, root, same
+from fpscompile.passes.axes import INPUT, Atom, Axis, Cat, Slice, axis_size, cut, describe, same
 from fpscompile.passes.base import GraphState, fake_tensor, shape_of, target_name
 from fpscompile.passes.canonical import COVERED, is_canonical
 from fpscompile.passes.grid_sources import disputed, grid_of, opaque, proven, rotary_table
 from fpscompile.passes.legality import illegal
+from fpscompile.passes.not_video import REMEDY, is_data, settle_others, trail, unknown
 from fpscompile.passes.told_tokens import reordered, resumed
 
 ZERO = Size(sympy.Integer(0), 0)
-REMEDY = "name it with options['grid'], or let fpscompile.attach(model) publish it for every call"
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ class FindSites:
     def run(self, state: GraphState) -> bool:
         calls = [node for graph in state.everywhere() for node in graph.graph.nodes if is_canonical(node)]
         state.sites = [_place(state, node) for node in calls]
-        state.sites = _settle_others(state.sites)
+        state.sites = settle_others(state.sites)
         state.sites += _subgraph_sites(state)
         _check_option_grid(state)
         return False
@@ -66,27 +66,6 @@ def _place(state: GraphState, node: fx.Node) -> AttentionSite:
             site, rejection=Rejection(Reason.KIND, f"{site.kind} attention: only 3D attention is rewritten", None, node)
         )
     return site
-
-
-def _settle_others(sites: list[AttentionSite]) -> list[AttentionSite]:
-    """Where a video is proven, self-attention over fewer tokens (a text refiner's) is no riddle."""
-    proven = [site for site in sites if site.grid_source in ("graph", "rotary")]
-    videos = [site.query_span.length.hint for site in proven if site.query_span]
-    if not videos:
-        return sites
-    return [
-        replace(
-            site,
-            rejection=replace(
-                site.rejection,
-                code=Reason.KIND,
-                message=f"self-attention over {site.shape[2]} tokens that are not the video's",
-            ),
-        )
-        if site.rejection is not None and site.rejection.code is Reason.NO_GRID and site.shape[2].hint < min(videos)
-        else site
-        for site in sites
-    ]
 
 
 def _site_shape(shapes: list[tuple[Size, ...]]) -> tuple[Size, Size, Size, Size, Size]:
@@ -134,7 +113,8 @@ def classify(state: GraphState, node: fx.Node, shape: tuple[Size, Size, Size, Si
     grids = [(run, proven(state, run)) for run in shared]
     videos = [(run, grid) for run, grid in grids if isinstance(grid, tuple)]
     if videos:
-        return _video_site(state, site, *_largest(state, node, videos), "graph", q_runs, k_runs)
+        site = _video_site(state, site, *_largest(state, node, videos), "graph", q_runs, k_runs)
+        return replace(site, rejection=_published_otherwise(state, site))
     disorder = next((grid for _, grid in grids if isinstance(grid, Rejection)), None)
     if disorder is not None:
         return replace(site, kind="3d", rejection=replace(disorder, node=node))
@@ -143,7 +123,21 @@ def classify(state: GraphState, node: fx.Node, shape: tuple[Size, Size, Size, Si
         return told
     if not [run for run in q_runs if run in runs(k_axis)]:
         return _in_pieces(site, q_runs, runs(k_axis)) or replace(site, kind="cross")
-    return _unknown(state, site, shared, labels[0][0])
+    return unknown(state, site, shared, labels[0][0])
+
+
+def _published_otherwise(state: GraphState, site: AttentionSite) -> Rejection | None:
+    """Tokens that arrive packed have the order of a table's axes, taken for (t, h, w): not if attach has another."""
+    told = state.published_grid
+    found = tuple(size.hint for size in site.grid or ())
+    packed = [run for run in site.query_runs if opaque(run) and same(axis_size(run), site.query_span.length)]  # type: ignore[union-attr]
+    if told is None or not packed or told == found or sorted(told) != sorted(found):
+        return None
+    message = (
+        f"a table of positions counts the tokens as {found}, and attach publishes {told}: the tokens are in another "
+        f"order than (t, h, w), or the published grid is; {REMEDY}, in the order of the tokens"
+    )
+    return Rejection(Reason.GRID_MISMATCH, message, told, site.node)
 
 
 def _of_other_samples(q_batch: Axis, k_batch: Axis) -> bool:
@@ -247,9 +241,9 @@ def _why_apart(state: GraphState, axes: tuple[Axis, ...]) -> str:
     if resumed():
         return f"; they come from behind a graph break: {REMEDY}"
     for axis in axes:
-        trail = _trail(state, axis)
-        if not _is_data(axis) and "::" in trail:
-            return f"; the trail of the tokens ends at {trail}, an op that is not known here"
+        end = trail(state, axis)
+        if not is_data(axis) and "::" in end:
+            return f"; the trail of the tokens ends at {end}, an op that is not known here"
     return ""
 
 
@@ -300,26 +294,6 @@ def _rotary(
     return None
 
 
-def _unknown(state: GraphState, site: AttentionSite, shared: list[Axis], batch: Axis) -> AttentionSite:
-    """A self-attention without a grid: spatial, temporal, something else, or a video that nothing shows."""
-    longest = max(shared, key=lambda run: axis_size(run).hint)
-    kind = factor_kind(longest, batch)
-    # The same axes twice in one sequence: frames that were taken apart and laid end to end.
-    if kind != "other" and shared.count(longest) == 1:
-        return replace(site, kind=kind)
-    length = axis_size(longest)
-    told = state.settings.grid or state.published_grid
-    if told is not None:
-        source = "options" if state.settings.grid else "attach"
-        message = f"its {length} tokens are not the {told[0]}*{told[1]}*{told[2]} of the grid from {source}"
-        return replace(site, rejection=Rejection(Reason.KIND, message, length.hint, site.node))
-    if not _is_data(longest):
-        message = f"the graph does not show a grid: the trail of its tokens ends at {_trail(state, longest)}; {REMEDY}"
-        return replace(site, rejection=Rejection(Reason.NO_GRID, message, length.hint, site.node))
-    message = f"self-attention over {length} tokens whose (t, h, w) the graph does not show; {REMEDY}"
-    return replace(site, rejection=Rejection(Reason.NO_GRID, message, length.hint, site.node))
-
-
 def _video_site(
     state: GraphState,
     site: AttentionSite,
@@ -351,31 +325,6 @@ def _offset(parts: tuple[Axis, ...], video: Axis) -> Size:
         size = axis_size(run)
         total = Size(total.expr + size.expr, total.hint + size.hint)
     return total
-
-
-def factor_kind(axis: Axis, batch: Axis) -> str:
-    """ "spatial" or "temporal" for tokens that are two or one of a video's axes; else "other"."""
-    leads = [root((factor,)) for factor in axis]
-    if any(lead is None or lead.source != INPUT for lead in leads):
-        return "other"
-    origins = {(lead.origin) for lead in leads if lead is not None}
-    if len(origins) != 1:
-        return "other"
-    if len(leads) == 2:
-        return "spatial"
-    outer = [root((factor,)) for factor in batch]
-    folded = {lead.dim for lead in outer if lead is not None and lead.origin in origins}
-    return "temporal" if len(leads) == 1 and len(folded) >= 2 else "other"
-
-
-def _is_data(axis: Axis) -> bool:
-    return any(leaf.source == INPUT for leaf in leaves(axis))
-
-
-def _trail(state: GraphState, axis: Axis) -> str:
-    origin = next((leaf.origin for leaf in leaves(axis)), "")
-    node = next((n for n in state.graph.nodes if n.name == origin), None)
-    return f"{origin} ({target_name(node)})" if node is not None else origin or "an input"
 
 
 def _subgraph_sites(state: GraphState) -> list[AttentionSite]:

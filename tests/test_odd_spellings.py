@@ -314,3 +314,20 @@ def test_a_table_of_positions_refutes_a_grid(order: torch.Tensor | None, grid: A
     if code is not None:
         assert torch.equal(actual, expected)
         assert "row-major" in str(site.reason)
+
+
+class Counted(Video):
+    """Packed tokens, with a table of coordinates that is made of three counted axes: height first."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        axes = torch.meshgrid(torch.arange(4.0), torch.arange(5.0), torch.arange(3.0), indexing="ij")
+        places = torch.stack([axis.flatten() for axis in axes], -1).sum(-1, keepdim=True)
+        return self.attend(*self.heads(x + (places * torch.linspace(0.1, 1, WIDTH)).cos()))
+
+
+@pytest.mark.parametrize(("grid", "code"), [((4, 5, 3), None), (GRID, "grid-mismatch")])
+def test_counted_axes_must_agree_with_a_published_grid(grid: Any, code: str | None) -> None:
+    with torch.no_grad():
+        _, fps = compiled(Counted().eval(), torch.randn(2, LENGTH, WIDTH), grid=grid)
+    (site,) = fps.graphs[0].sites
+    assert (site.kind, site.reason_code) == ("3d", code)

@@ -231,7 +231,7 @@ DECLINED: dict[str, tuple[Attention, tuple[torch.Tensor, ...], str, str]] = {
 }
 
 
-@pytest.mark.parametrize("dynamic", [False, True])
+@pytest.mark.parametrize("dynamic", [False, pytest.param(True, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("name", DECLINED)
 def test_declined(name: str, dynamic: bool) -> None:
     attention, args, kind, code = DECLINED[name]

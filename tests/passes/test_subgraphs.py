@@ -8,7 +8,7 @@ import pytest
 import torch
 from models.oracle import window_mask
 from models.toys import DENSE, HEADS, LENGTH, SPARSE, D, compiled, gradient, latent, tokens_of
-from models.zoo import ZOO, output
+from models.zoo import ZOO, output, wan
 from torch import nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
@@ -141,13 +141,15 @@ def test_other_higher_order_ops_are_declined() -> None:
 @pytest.mark.parametrize("name", ["wan", pytest.param("hunyuan", marks=pytest.mark.slow)])
 def test_diffusers_gradient_checkpointing(name: str) -> None:
     entry = ZOO[name]
-    model, inputs = entry.build().train(), entry.inputs()
+    layers, model = (1, wan(layers=1)) if name == "wan" else (entry.video_sites, entry.build())
+    inputs = entry.inputs()
+    model.train()
     model.enable_gradient_checkpointing()
     expected = output(model, **inputs)
     fps = Backend(Settings.from_options(DENSE | {"inner": "aot_eager", "tile": (2, 2, 4)}))
     actual = output(torch.compile(model, backend=fps), **inputs)
     sites = [site for graph in fps.graphs for site in graph.sites]
-    assert sum(site.rewritten for site in sites) == entry.video_sites
+    assert sum(site.rewritten for site in sites) == layers
     ours, eagers = (
         gradient(result, [p for p in model.parameters() if p.numel() > 0][:4]) for result in (actual, expected)
     )

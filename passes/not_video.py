@@ -1,0 +1,77 @@
+"""What a call is for which no grid is proven: spatial, temporal, a text refiner's, or a video that nothing shows."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from fpscompile.ir import AttentionSite, Reason, Rejection
+from fpscompile.passes.axes import INPUT, Axis, axis_size, leaves, root
+from fpscompile.passes.base import GraphState, target_name
+
+REMEDY = "name it with options['grid'], or let fpscompile.attach(model) publish it for every call"
+
+
+def settle_others(sites: list[AttentionSite]) -> list[AttentionSite]:
+    """Where a video is proven, self-attention over fewer tokens (a text refiner's) is no riddle."""
+    proven = [site for site in sites if site.grid_source in ("graph", "rotary")]
+    videos = [site.query_span.length.hint for site in proven if site.query_span]
+    if not videos:
+        return sites
+    return [
+        replace(
+            site,
+            rejection=replace(
+                site.rejection,
+                code=Reason.KIND,
+                message=f"self-attention over {site.shape[2]} tokens that are not the video's",
+            ),
+        )
+        if site.rejection is not None and site.rejection.code is Reason.NO_GRID and site.shape[2].hint < min(videos)
+        else site
+        for site in sites
+    ]
+
+
+def unknown(state: GraphState, site: AttentionSite, shared: list[Axis], batch: Axis) -> AttentionSite:
+    """A self-attention without a grid: spatial, temporal, something else, or a video that nothing shows."""
+    longest = max(shared, key=lambda run: axis_size(run).hint)
+    kind = factor_kind(longest, batch)
+    # The same axes twice in one sequence: frames that were taken apart and laid end to end.
+    if kind != "other" and shared.count(longest) == 1:
+        return replace(site, kind=kind)
+    length = axis_size(longest)
+    told = state.settings.grid or state.published_grid
+    if told is not None:
+        source = "options" if state.settings.grid else "attach"
+        message = f"its {length} tokens are not the {told[0]}*{told[1]}*{told[2]} of the grid from {source}"
+        return replace(site, rejection=Rejection(Reason.KIND, message, length.hint, site.node))
+    if not is_data(longest):
+        message = f"the graph does not show a grid: the trail of its tokens ends at {trail(state, longest)}; {REMEDY}"
+        return replace(site, rejection=Rejection(Reason.NO_GRID, message, length.hint, site.node))
+    message = f"self-attention over {length} tokens whose (t, h, w) the graph does not show; {REMEDY}"
+    return replace(site, rejection=Rejection(Reason.NO_GRID, message, length.hint, site.node))
+
+
+def factor_kind(axis: Axis, batch: Axis) -> str:
+    """ "spatial" or "temporal" for tokens that are two or one of a video's axes; else "other"."""
+    leads = [root((factor,)) for factor in axis]
+    if any(lead is None or lead.source != INPUT for lead in leads):
+        return "other"
+    origins = {(lead.origin) for lead in leads if lead is not None}
+    if len(origins) != 1:
+        return "other"
+    if len(leads) == 2:
+        return "spatial"
+    outer = [root((factor,)) for factor in batch]
+    folded = {lead.dim for lead in outer if lead is not None and lead.origin in origins}
+    return "temporal" if len(leads) == 1 and len(folded) >= 2 else "other"
+
+
+def is_data(axis: Axis) -> bool:
+    return any(leaf.source == INPUT for leaf in leaves(axis))
+
+
+def trail(state: GraphState, axis: Axis) -> str:
+    origin = next((leaf.origin for leaf in leaves(axis)), "")
+    node = next((n for n in state.graph.nodes if n.name == origin), None)
+    return f"{origin} ({target_name(node)})" if node is not None else origin or "an input"
