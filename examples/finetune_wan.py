@@ -178,17 +178,17 @@ class Trainer:
             )[0]
         return out.float()
 
-    def loss(self, clips: Clips, number: int) -> Tensor:
-        """Of batch ``number``: flow matching, and the distance to the teacher."""
+    def loss(self, clips: Clips, number: int, distill: float = 0.0) -> Tensor:
+        """Of batch ``number``: flow matching, and ``distill`` times the distance to the teacher."""
         batch = clips.batch(number, self.data_rank, self.args.batch, self.steps, self.args.seed)
         noisy, prompts = self.steps.noisy(batch).to(self.device), batch.prompt_embeds.to(self.device)
         self.attachment.step(batch.step, self.steps.count)
         velocity = self.predict(self.model, noisy, prompts, batch.step)
         loss = (velocity - (batch.noise - batch.latents).to(self.device)).square().mean()
-        if self.teacher is not None:
+        if self.teacher is not None and distill:
             with torch.no_grad():
                 wanted = self.predict(self.teacher, noisy, prompts, batch.step)
-            loss = loss + self.args.distill * (velocity - wanted).square().mean()
+            loss = loss + distill * (velocity - wanted).square().mean()
         return loss
 
     def train_step(self, number: int) -> float:
@@ -197,7 +197,7 @@ class Trainer:
         Raises:
             DivergedError: the loss is not finite. No rank has stepped.
         """
-        loss = self.loss(self.data, number)
+        loss = self.loss(self.data, number, self.args.distill)
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
         value = self.mean(loss.detach())
@@ -219,7 +219,7 @@ class Trainer:
 
     @torch.no_grad()
     def held_out(self, step: int, model: Any) -> dict[str, float]:
-        """The default evaluation: the loss on four fixed batches of the held-out folder."""
+        """The default evaluation: the flow-matching loss on four fixed batches of the held-out folder."""
         if self.args.held_out is None:
             return {}
         clips = Clips(self.args.held_out, self.model.config.in_channels)

@@ -156,13 +156,34 @@ def test_distillation_pulls_towards_the_dense_model(folder: Path, tmp_path: Path
     run = recipe.Trainer(recipe.arguments(argv(folder, tmp_path, "--distill", "1")))
     plain = recipe.Trainer(recipe.arguments(argv(folder, tmp_path)))
     with torch.no_grad():
-        distance = float(run.loss(run.data, 0) - plain.loss(plain.data, 0))
+        distance = float(run.loss(run.data, 0, 1.0) - plain.loss(plain.data, 0))
         batch = run.data.batch(0, 0, 1, run.steps)
         noisy = run.steps.noisy(batch)
         run.attachment.step(batch.step, run.steps.count)
         pair = [run.predict(m, noisy, batch.prompt_embeds, batch.step) for m in (run.model, run.teacher)]
     assert distance == pytest.approx(float((pair[0] - pair[1]).square().mean()), rel=1e-3)
     assert distance > 0
+
+
+def test_evaluation_runs_when_asked_for(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    recipe = load("finetune_wan")
+    more = ("--steps", "3", "--evaluate-every", "2", "--held-out", str(folder / "clips"), "--dense")
+    recipe.main(argv(folder, tmp_path, *more))
+    rows = [json.loads(line) for line in capsys.readouterr().out.splitlines() if line.startswith("{")]
+    assert [("held_out" in row) for row in rows] == [False, True, True]
+    run = recipe.Trainer(recipe.arguments(argv(folder, tmp_path, *more)))
+    recipe.saving.resume(tmp_path / "last", run.model, run.optimizer, run.facts(0), False)
+    assert rows[-1]["held_out"] == pytest.approx(run.held_out(3, run.model)["held_out"], rel=1e-5)
+
+    seen: list[tuple[int, bool]] = []
+
+    def hook(step: int, model: torch.nn.Module) -> dict[str, float]:
+        seen.append((step, model.training))
+        return {"quality": 1.0}
+
+    recipe.main(argv(folder, tmp_path / "again", *more), evaluate=hook)
+    assert seen == [(2, False), (3, False)]
+    assert '"quality": 1.0' in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

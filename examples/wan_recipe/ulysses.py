@@ -96,7 +96,9 @@ class SelfAttention:
         query, key = attn.norm_q(attn.to_q(hidden_states)), attn.norm_k(attn.to_k(hidden_states))
         query, key, value = (x.unflatten(2, (attn.heads, -1)) for x in (query, key, attn.to_v(hidden_states)))
         query, key = _rotated(query, *rotary_emb), _rotated(key, *rotary_emb)
-        query, key, value = (self._to_heads(x).transpose(1, 2) for x in (query, key, value))
+        # One exchange for the three: fewer messages, and the graph shows that keys and values are of the same tokens.
+        whole = self._to_heads(torch.cat([query, key, value.type_as(query)], -1))
+        query, key, value = (x.transpose(1, 2) for x in whole.chunk(3, -1))
         out = F.scaled_dot_product_attention(query, key, value).transpose(1, 2)
         result: Tensor = attn.to_out[0](self._to_tokens(out).flatten(2).type_as(hidden_states))
         return result
