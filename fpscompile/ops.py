@@ -33,6 +33,11 @@ Other ops here
     fps::select_tiles        tiles chosen by content; see :mod:`fpscompile.selection`
     fps::phase_index         denoising progress -> phase; see :mod:`fpscompile.phase_index`
 
+Why ops of a library, and not ``torch.library.triton_op``, which would show the kernels to compilers: one op serves all
+lowerings, chosen by the plan where it runs; its tables come from a grid that may be known only then; and under
+``TRITON_INTERPRET=1`` a ``triton_op`` runs its kernels on the fake tensors of a trace. The graph is the same on every
+device, and Inductor has nothing to fuse into kernels that gather and scatter by tables.
+
 Under autocast, query, key and value are cast as ``F.scaled_dot_product_attention``'s are: to the autocast dtype,
 unless they are float64. A float ``key_mask`` stays as it is.
 """

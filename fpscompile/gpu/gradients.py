@@ -67,11 +67,11 @@ class GradientConfig:
 _FITTING = {
     # Up to 64, 128 and 256 features: blocks that neither spill registers nor exceed shared memory.
     ("wgmma", "none"): ((128, 64, 8, 2, 128, 64, 8, 2), (128, 64, 8, 2, 128, 64, 8, 2), (128, 32, 8, 2, 64, 32, 8, 2)),
-    ("wgmma", "fp8"): ((128, 64, 8, 2, 128, 64, 8, 2), (128, 64, 8, 2, 128, 64, 8, 2), (64, 32, 8, 2, 64, 16, 8, 2)),
+    ("wgmma", "fp8"): ((128, 64, 8, 2, 128, 64, 8, 2), (128, 64, 8, 2, 128, 64, 8, 2), (32, 32, 8, 2, 64, 16, 8, 2)),
     ("tcgen05", "none"): ((64, 64, 8, 2, 128, 64, 8, 2), (64, 64, 8, 2, 128, 64, 8, 2), (64, 32, 8, 2, 64, 32, 8, 2)),
     ("tcgen05", "fp8"): ((128, 64, 8, 2, 128, 64, 8, 2), (128, 64, 8, 2, 128, 64, 8, 2), (64, 32, 8, 2, 64, 16, 8, 2)),
     ("mma", "none"): ((128, 64, 8, 2, 128, 64, 8, 2), (128, 32, 8, 2, 64, 64, 8, 2), (64, 16, 8, 2, 32, 32, 8, 2)),
-    ("mma", "fp8"): ((128, 32, 8, 2, 128, 32, 8, 2), (64, 32, 8, 2, 64, 64, 8, 2), (64, 16, 8, 2, 32, 32, 8, 2)),
+    ("mma", "fp8"): ((128, 32, 8, 2, 128, 32, 8, 2), (64, 32, 8, 2, 64, 64, 8, 2), (64, 32, 8, 2, 32, 32, 8, 2)),
     ("mfma", "none"): ((128, 64, 8, 2, 64, 32, 4, 2), (64, 32, 4, 2, 32, 32, 4, 2), (32, 16, 4, 2, 32, 16, 4, 2)),
     ("mfma", "fp8"): ((128, 32, 8, 2, 128, 32, 8, 2), (64, 32, 4, 2, 32, 32, 4, 2), (32, 16, 4, 2, 32, 16, 4, 2)),
     ("fma", "none"): ((64, 32, 8, 2, 64, 32, 8, 2), (32, 16, 4, 2, 16, 32, 4, 2), (16, 16, 4, 2, 16, 16, 8, 2)),
@@ -106,8 +106,14 @@ def default_config(spec: KernelSpec) -> GradientConfig:
     chosen = _CROWDED.get((unit, spec.quant, size)) if crowded else None
     if crowded and spec.target == "cuda:120" and (spec.quant, size) == ("fp8", 0):
         chosen = (128, 32, 8, 2, 64, 16, 8, 2)  # with steps of 32 queries, sm_120 spills 12 to 24 bytes; sm_89 does not
-    if spec.tile_slots < spec.block_n and (unit, spec.quant, size) == ("wgmma", "none", 1):
-        chosen = (128, 64, 8, 2, 128, 32, 8, 2)  # four warps work on the 64 keys of a tile
+    grouped, small = spec.gqa_group > 1, spec.tile_slots < spec.block_n
+    if (unit, spec.quant, size) == ("wgmma", "none", 1) and (grouped or small):
+        # Four warps work on the 64 keys of a small tile; with grouped queries they would spill.
+        chosen = (128, 64, 8, 2, 64 if grouped and small else 128, 32, 8, 2)
+    if (unit, spec.quant, size) == ("tcgen05", "none", 1) and grouped:
+        chosen = (64, 64, 8, 2, 64, 64, 8, 2)
+    if unit == "fma" and size == 0 and spec.target not in ("cuda:80", "cuda:89", "cuda:90"):
+        chosen = (64, 16, 8, 2, 64, 32, 8, 2)  # with steps of 32 keys, Blackwell's ptxas spills in registers to spare
     return GradientConfig(*(chosen or _FITTING[unit, spec.quant][size]))
 
 

@@ -165,7 +165,9 @@ def _tokens(
     batch, heads, length, dim = x.shape
     slots = int(module.S.value)
     tiles = token.numel() // slots
-    num_warps = 8 if int(module.ROWS.value) * dp >= render.HELD else 4
+    # Scales per run take registers too: with half the values, four warps would spill on sm_89 and sm_90.
+    held = int(module.ROWS.value) * dp * (2 if int(module.R.value) > 1 else 1)
+    num_warps = 8 if held >= render.HELD else 4
     per_sample = batch // phase.numel()
     reduced = None
     if any(name in ("head", "tensor") for name in granularities):
@@ -177,7 +179,9 @@ def _tokens(
         reduced = maxima.amax(2)
         if "tensor" in granularities:
             whole = _device_constant(tuple(int(name == "tensor") for name in granularities), x.device)
-            whole = whole[phase.long()].repeat_interleave(per_sample).bool().unsqueeze(1)
+            whole = (
+                whole[phase.clamp(0, len(granularities) - 1).long()].repeat_interleave(per_sample).bool().unsqueeze(1)
+            )
             reduced = torch.where(whole, reduced.amax(1, keepdim=True), reduced)
         reduced = reduced.contiguous()
     x8 = torch.empty(batch, heads, token.numel(), dp, dtype=fp8, device=x.device)

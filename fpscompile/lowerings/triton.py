@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import logging
 import math
 
 import torch
@@ -24,11 +23,8 @@ from fpscompile.gpu.config import KernelConfig, default_config, why_invalid
 from fpscompile.gpu.interpreter import interpreting, repaired_interpreter
 from fpscompile.gpu.tables import Tables, row_blocks, tables_of
 from fpscompile.kernel_spec import KernelSpec
-from fpscompile.lowerings import gather
 from fpscompile.masks import BlockMask
 from fpscompile.plan import Plan, ResolvedPlan
-
-log = logging.getLogger("fpscompile")
 
 PHASES_ON_DEVICE = True
 """``phases`` is an int32 tensor on the device; kernels clamp it into range."""
@@ -101,14 +97,15 @@ def forward(
         config: instead of the plan's, or of the rule's; see :func:`fpscompile.gpu.config.default_config`.
 
     Raises:
-        UnsupportedError: float64, a head dim above 256, FP8 on a GPU without FP8, or no GPU.
+        UnsupportedError: float64, a head dim above 256, FP8 on a GPU without FP8, no GPU, or a config that this call
+            cannot have (:func:`fpscompile.gpu.config.why_invalid`).
     """
     reason = why_not(q.dtype, q.shape[-1], v.shape[-1], resolved.plan, q.device)
     if reason is not None:
         raise UnsupportedError(f"lowering 'triton': {reason}; choose lowering='boxes' (or 'gather' with quant='fp8')")
     q, scale = _positive(q, scale)
     spec = spec_of(q, k, v, key_mask, resolved)
-    config = config or resolved.plan.config_as(KernelConfig) or config_of(spec, q.device)
+    config = _valid(config or resolved.plan.config_as(KernelConfig) or config_of(spec, q.device), spec, q.device)
     batch, heads, length, _ = q.shape
     out = q.new_empty(batch, length, heads, v.shape[-1])
     lse = q.new_empty(batch, heads, length, dtype=torch.float32)
@@ -157,34 +154,13 @@ def backward(
     scale: float,
     block_mask: BlockMask | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Gradients of q, k and v; see :mod:`fpscompile.gpu.gradients`.
-
-    With ``quant="fp8"`` on a GPU they come from :mod:`fpscompile.lowerings.gather`, which waits for the phase and is
-    far slower: the FP8 kernels are right in the interpreter, but ptxas was seen to damage one of them on sm_90 (see
-    :mod:`fpscompile.gpu.descriptors`), and not every shape was seen right on a GPU since.
-    """
+    """Gradients of q, k and v; see :mod:`fpscompile.gpu.gradients`."""
     from fpscompile.gpu import gradients
 
-    if resolved.plan.quant == "fp8" and q.device.type == "cuda":
-        _tell_slow_gradients()
-        given = phases.reshape(-1).tolist() if isinstance(phases, torch.Tensor) else list(phases)
-        each = tuple(given[b // (q.shape[0] // len(given))] for b in range(q.shape[0]))
-        return gather.backward(
-            grad_out, q, k, v, out, lse,
-            key_mask=key_mask, phases=each, resolved=resolved, scale=scale, block_mask=block_mask,
-        )  # fmt: skip
     return gradients.backward(
         grad_out, q, k, v, out, lse,
         key_mask=key_mask, phases=phases, resolved=resolved, scale=scale, block_mask=block_mask,
     )  # fmt: skip
-
-
-@functools.lru_cache(maxsize=1)
-def _tell_slow_gradients() -> None:
-    log.warning(
-        "gradients of FP8 attention are computed by the 'gather' lowering on this GPU, which is slow; "
-        "quant='none' trains at full speed"
-    )
 
 
 def _launch(
@@ -211,8 +187,22 @@ def _launch(
     refuse_damaged(compiled)
 
 
+def _valid(config: KernelConfig, spec: KernelSpec, device: torch.device) -> KernelConfig:
+    """The config; a plan's may be of another call, with fewer features or without a mask."""
+    unfit = why_invalid(config, spec) if device.type != "cpu" else None  # the interpreter has no limits
+    if unfit is not None:
+        raise UnsupportedError(
+            f"lowering 'triton': {config} cannot run this call on {spec.target}: {unfit}; tune this call, or choose "
+            "lowering='boxes' (or 'gather' with quant='fp8')"
+        )
+    return config
+
+
 def config_of(spec: KernelSpec, device: torch.device) -> KernelConfig:
-    """The config where nothing has been tuned: on a Hopper GPU the warp-specialized kernel, wherever it can run."""
+    """The config where nothing has been tuned: on a Hopper GPU the warp-specialized kernel, wherever it can run.
+
+    What the cost model ranks first, or within 3 % of it (``tests/gpu/test_cost_model.py``), without its compilations.
+    """
     if device.type == "cuda" and spec.target == "cuda:90":
         hopper = render.load("attention_hopper", spec)
         if hopper.why_not(spec) is None:

@@ -9,6 +9,7 @@ import math
 from pathlib import Path
 
 import pytest
+import torch
 
 pytest.importorskip("triton")
 
@@ -16,8 +17,9 @@ from fpscompile.errors import UnsupportedError
 from fpscompile.gpu import cost_model
 from fpscompile.gpu.assembly import Loop
 from fpscompile.gpu.binary import BinaryReport
-from fpscompile.gpu.config import KernelConfig
+from fpscompile.gpu.config import KernelConfig, candidates
 from fpscompile.kernel_spec import KernelSpec
+from fpscompile.lowerings import triton
 
 ROOT = Path(__file__).resolve().parents[2]
 SPEC = KernelSpec(target="cuda:90", dtype="bfloat16", head_dim=128, value_dim=128, tile=(4, 8, 8), quant="fp8")
@@ -106,11 +108,26 @@ def test_ranking_of_real_binaries() -> None:
     configs = (KernelConfig(128, 4, 3), KernelConfig(128, 8, 3), HOPPER)
     ranked = cost_model.rank(SPEC, configs)
     assert [item.config for item in ranked] == [HOPPER, KernelConfig(128, 8, 3), KernelConfig(128, 4, 3)]
+    assert triton.config_of(SPEC, torch.device("cuda")) == HOPPER
     assert ranked[2].prediction is None
     assert "spills" in str(ranked[2].reason)
     for item in ranked[:2]:
         assert item.prediction is not None
         assert 300 < item.prediction.tflops < item.prediction.bound_tflops < 1979
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("quant", ["fp8", "none"])
+@pytest.mark.parametrize("dim", [64, 128])
+@pytest.mark.parametrize("tile", [(2, 4, 4), (4, 4, 4), (4, 8, 8), (6, 8, 8)], ids=str)
+def test_what_is_taken_untuned_is_what_the_model_picks(quant: str, dim: int, tile: tuple[int, int, int]) -> None:
+    """To 3 % of the best candidate's predicted speed: compiling all candidates at a first call would take minutes."""
+    spec = dataclasses.replace(SPEC, quant=quant, head_dim=dim, value_dim=dim, tile=tile)
+    default = triton.config_of(spec, torch.device("cuda"))
+    ranked = cost_model.rank(spec, dict.fromkeys((*candidates(spec), default)))
+    own = next(item for item in ranked if item.config == default)
+    assert own.prediction is not None, own.reason
+    assert own.prediction.tflops >= 0.97 * ranked[0].prediction.tflops, ranked[0].config
 
 
 def test_the_page_says_that_it_is_a_prediction_and_shows_the_stored_numbers() -> None:

@@ -10,7 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
+from fpscompile.errors import UnsupportedError
 from fpscompile.gpu import binary, offline
+from fpscompile.gpu.config import KernelConfig, candidates
 from fpscompile.lowerings import triton as lowering
 from fpscompile.plan import PhasePlan, Plan
 
@@ -148,3 +150,20 @@ def test_from_a_model_on_a_gpu_to_the_machine_code_of_its_kernels() -> None:
         report = binary.inspect_artifacts(artifacts)
         assert report.spill_bytes == 0, name
     assert any("QGMMA" in opcode for opcode in binary.inspect_artifacts(kernels["attention_forward"]).main_loop.tensor)
+
+
+def test_a_launch_is_on_the_device_of_its_tensors() -> None:
+    """Triton launches on the current device, whichever the tensors are on."""
+    guard = lowering._launching(torch.device("cuda", 1))
+    assert isinstance(guard, torch.cuda.device)
+    assert guard.idx == 1
+
+
+def test_a_config_of_another_call_is_an_error() -> None:
+    """Search and launch share one rule of what is valid."""
+    spec = lowering._spec("cuda:90", "bfloat16", 128, 128, Plan(PLAN.tile, PLAN.phases, quant="fp8"), False, 1)
+    gpu = torch.device("cuda")
+    for config in candidates(spec):
+        assert lowering._valid(config, spec, gpu) is config
+    with pytest.raises(UnsupportedError, match=r"num_warps=3 is not one of.*tune this call"):
+        lowering._valid(KernelConfig(64, 3, 3), spec, gpu)

@@ -25,22 +25,12 @@ TOLERANCE = 5e-3
 LARGE = None if DEVICE == "cuda" else GradientConfig(128, 128, 4, 1, 128, 128, 4, 1)
 """The interpreter's time follows the number of operations, not their size."""
 
-OPTIONS = [
-    {"smooth_v": True},
-    {"hadamard": True},
-    {"smooth_v": True, "hadamard": True},
-    {"smooth_k": False, "smooth_v": True, "hadamard": True},
-]
 BOTH = {"smooth_v": True, "hadamard": True}
 PHASES = (
     PhasePlan(window=(1, 2, 2), granularity="subtile"),
     PhasePlan(window=(2, 1, 3), granularity="head"),
     PhasePlan(density=1.0),
 )
-
-
-def name(options: dict[str, bool]) -> str:
-    return " ".join(key if value else f"no-{key}" for key, value in options.items())
 
 
 def relative(a: torch.Tensor, b: torch.Tensor) -> float:
@@ -74,31 +64,14 @@ def hiding(resolved: ResolvedPlan, batch: int = 2, heads: int = 1) -> torch.Tens
     return keep
 
 
-@pytest.mark.parametrize("options", OPTIONS, ids=name)
 @pytest.mark.parametrize(
-    ("grid", "tile", "before", "after"),
-    [((3, 9, 9), (2, 8, 8), 7, 0), ((3, 6, 10), (4, 8, 8), 0, 70), ((3, 5, 6), (2, 4, 4), 3, 5)],
-    ids=lambda value: "x".join(map(str, value)) if isinstance(value, tuple) else str(value),
-)
-def test_outputs_are_the_references(options, grid, tile, before, after):
-    """Ragged grids, text, grouped queries, every granularity of a schedule, hidden keys that hold anything."""
-    resolved = resolved_plan(grid, tile, before, after, **options)
-    q, k, v = draw(resolved, batch=3, heads=2, dim=32, value_dim=32)
-    mask = hiding(resolved, 3)
-    expected, expected_lse = reference.attention(
-        *(x.cpu() for x in (q, k, v)), resolved=resolved, phase=[0, 1, 2], key_mask=mask.cpu(), scale=0.05
-    )
-    k, v = (x.masked_fill(~mask[:, 0, 0, :, None][:, None], torch.nan) for x in (k, v))
-    phase = torch.arange(3, dtype=torch.int32, device=DEVICE)
-    out, lse = triton.forward(q, k, v, key_mask=mask, phases=phase, resolved=resolved, scale=0.05)
-    assert relative(out.cpu(), expected) < TOLERANCE
-    assert not out[2].any()
-    assert torch.equal(lse[2], torch.full_like(lse[2], -math.inf))
-    torch.testing.assert_close(lse[:2].cpu(), expected_lse[:2], rtol=1e-5, atol=5e-2)
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize(("dim", "value_dim"), [(128, 128), (72, 40), (96, 96), (160, 64)])
+    ("dtype", "dim", "value_dim"),
+    [
+        (torch.bfloat16, 128, 128), (torch.bfloat16, 96, 96), (torch.bfloat16, 160, 64),
+        (torch.float32, 72, 40), (torch.float16, 72, 40), (torch.bfloat16, 72, 40),
+    ],
+    ids=str,
+)  # fmt: skip
 def test_head_dims_and_dtypes(dtype, dim, value_dim):
     resolved = resolved_plan((2, 8, 9), (2, 8, 8), 0, 9, phases=PHASES[2:], **BOTH)
     q, k, v = draw(resolved, dtype, dim=dim, value_dim=value_dim)
@@ -110,11 +83,20 @@ def test_head_dims_and_dtypes(dtype, dim, value_dim):
 
 
 @pytest.mark.parametrize("granularity", ["tile", "subtile", "head", "tensor"])
-@pytest.mark.parametrize(("tile", "dim"), [((2, 8, 8), 72), ((2, 3, 3), 40)], ids=str)
-@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize(
+    ("tile", "dim", "masked"),
+    [
+        ((2, 8, 8), 72, True),
+        ((2, 3, 3), 40, False),
+        pytest.param((2, 8, 8), 72, False, marks=pytest.mark.slow),
+        pytest.param((2, 3, 3), 40, True, marks=pytest.mark.slow),
+    ],
+    ids=str,
+)
 def test_packed_operands_are_the_references_bit_for_bit(granularity, tile, dim, masked):
     """Values and scales. The means are the kernel's own, whose sums have an order of their own."""
-    resolved = resolved_plan((3, 9, 9), tile, 0, 20, phases=(PhasePlan(density=1.0, granularity=granularity),), **BOTH)
+    grid = (3, 9, 7) if tile[0] * tile[1] * tile[2] > 18 else (3, 5, 5)
+    resolved = resolved_plan(grid, tile, 0, 20, phases=(PhasePlan(density=1.0, granularity=granularity),), **BOTH)
     q, k, v = draw(resolved, torch.bfloat16, batch=2, heads=2, dim=dim, value_dim=48)
     mask = hiding(resolved) if masked else None
     spec, tables = triton.spec_of(q, k, v, mask, resolved), tables_of(resolved, q.device)
@@ -185,11 +167,10 @@ def test_each_option_lowers_the_error_it_is_for(option, lowering):
     assert errors[True] < 0.5 * errors[False]
 
 
-@pytest.mark.parametrize("options", OPTIONS[2:], ids=name)
 @pytest.mark.parametrize("dim", [32, 40])
-def test_gradients_are_the_references(options, dim):
-    """Those of autograd through the oracle, whose rotation is differentiated and whose means are constants."""
-    resolved = resolved_plan((2, 8, 9), (2, 8, 8), 4, 0, phases=PHASES[:2], **options)
+def test_outputs_and_gradients_of_narrow_heads(dim):
+    """Rotations narrower than what kernels hold, and wider than the head; ``test_reference.py`` has all other heads."""
+    resolved = resolved_plan((2, 8, 9), (2, 8, 8), 4, 0, phases=PHASES[:2], **BOTH)
     q, k, v = draw(resolved, batch=2, heads=2, dim=dim, value_dim=32)
     grad = torch.randn(2, 2, resolved.q_layout.length, 32, device=DEVICE)
     mask = torch.rand(2, 1, 1, resolved.k_layout.length, device=DEVICE) < 0.7
@@ -197,7 +178,8 @@ def test_gradients_are_the_references(options, dim):
     out, _ = reference.attention(*leaves, resolved=resolved, phase=[0, 1], key_mask=mask.cpu(), scale=0.04)
     expected = torch.autograd.grad(out, leaves, grad.cpu())
     common = {"key_mask": mask, "phases": (0, 1), "resolved": resolved, "scale": 0.04}
-    out, lse = triton.forward(q, k, v, **common)
+    want, (out, lse) = out, triton.forward(q, k, v, **common)
+    assert relative(out.cpu(), want.detach()) < TOLERANCE
     for got, want, x in zip(
         gradients.backward(grad, q, k, v, out, lse, config=LARGE, **common), expected, (q, k, v), strict=True
     ):
