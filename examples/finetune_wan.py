@@ -152,7 +152,7 @@ class Trainer:
         self.model, self.teacher = prepare(args, self.mesh, self.device)
         self.steps = Steps(_scheduler(args.model), args.inference_steps, *_range(args))
         self.data = Clips(args.data, self.model.config.in_channels)
-        self.attachment = fpscompile.attach(self.model)
+        self.attachment = fpscompile.attach(self.model, grid=self.grid)
         trained = [p for p in self.model.parameters() if p.requires_grad]
         self.optimizer = torch.optim.AdamW(trained, lr=args.lr, betas=(0.9, 0.95), weight_decay=0.0)
 
@@ -163,6 +163,11 @@ class Trainer:
     @property
     def first(self) -> bool:
         return self.mesh is None or dist.get_rank() == 0
+
+    def grid(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[int, int, int]:
+        """Tokens (t, h, w) of a call. Wan's latents are [B, C, T, H, W], which their sizes alone need not tell."""
+        t, h, w = (n // p for n, p in zip(kwargs["hidden_states"].shape[2:], self.model.config.patch_size, strict=True))
+        return (t, h, w)
 
     def facts(self, step: int) -> dict[str, Any]:
         """What a checkpoint must agree on, and the step."""
