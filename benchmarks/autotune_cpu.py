@@ -30,6 +30,7 @@ sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve
 
 from _harness import geomean, print_table, write_json
 
+from fpscompile import cpp_build
 from fpscompile.errors import FpsError
 from fpscompile.lowerings import cpp
 from fpscompile.plan import PhasePlan, Plan, resolve
@@ -71,10 +72,11 @@ QUICK = (Shape("small", (4, 16, 16), 64, 10, (2, 8, 8), 0.3),)
 
 
 def problem(shape: Shape, heads: int, dtype: torch.dtype) -> Problem:
+    """The site, with the lowering that ``"auto"`` gives it without tuning."""
     length = math.prod(shape.grid) + shape.text
     device = torch.device("cpu")
     plan = Plan(shape.tile, (PhasePlan(density=shape.density),))
-    reason = cpp.why_not(dtype, shape.head_dim, shape.head_dim, plan, device)
+    reason = cpp.why_not(dtype, shape.head_dim, shape.head_dim, plan, device) or cpp_build.slower_than_boxes()
     plan = Candidate("cpp" if reason is None else "boxes").plan(plan)
     resolved = resolve(plan, shape.grid, length, length)
     return Problem(resolved, heads, heads, shape.head_dim, shape.head_dim, dtype, device)

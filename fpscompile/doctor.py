@@ -95,7 +95,10 @@ def _cpu_kernels() -> Iterator[Finding]:
         plan = Plan((4, 8, 8), (PhasePlan(density=1.0),), quant=quant)
         reason = cpp.why_not(getattr(torch, dtype), 64, 64, plan)
         subject = f"{dtype} on CPU" if quant == "none" else f"{quant} on CPU"
-        if reason is None:
+        slower = cpp_build.slower_than_boxes() if quant == "none" and reason is None else None
+        if slower is not None:
+            yield Finding("info", subject, f"lowering boxes: {slower}")
+        elif reason is None:
             narrow = cpp.widened(dtype, plan)
             wide = f"; it multiplies in float32, since {narrow}" if narrow else ""
             yield Finding("ok", subject, f"the generated C++ kernel (lowering 'cpp'){wide}")

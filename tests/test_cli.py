@@ -297,12 +297,14 @@ def findings(run, tmp_path: Path, *arguments: str) -> dict[str, dict[str, str]]:
 
 
 def test_doctor_says_what_this_machine_uses(run, tmp_path: Path, cold_caches: Path) -> None:  # type: ignore[no-untyped-def]
+    from fpscompile import cpp_build
     from fpscompile.lowerings import cpp
     from fpscompile.plan import PhasePlan, Plan
 
     found = findings(run, tmp_path)
     assert torch.__version__ in found["versions"]["text"]
     runs = cpp.why_not(torch.float32, 64, 64, Plan((4, 8, 8), (PhasePlan(density=1.0),))) is None
+    runs &= cpp_build.slower_than_boxes() is None
     assert ("'cpp'" in found["float32 on CPU"]["text"]) == runs
     assert ("boxes" in found["float32 on CPU"]["text"]) != runs
     assert str(cold_caches / "fps") in found["cache folder"]["text"]
@@ -331,19 +333,24 @@ def test_doctor_says_what_is_missing(run, tmp_path: Path, cold_caches: Path, mon
     assert found["FPS_DISABLE"]["level"] == found["TRITON_INTERPRET"]["level"] == "warning"
 
 
-def test_doctor_says_in_words_what_the_processor_cannot_multiply(  # type: ignore[no-untyped-def]
+def test_doctor_says_in_words_what_the_processor_cannot_do(  # type: ignore[no-untyped-def]
     run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A processor with AVX2 alone: float32 kernels, and everything else by way of them or not at all."""
+    """A processor with AVX2 alone: dense attention of boxes, and the generated kernel for what boxes cannot."""
     from fpscompile import cpp_build
 
     lacks = "the processor lacks avx512f"
     monkeypatch.setattr(cpp_build, "unavailable", lambda compute="float32": None if compute == "float32" else lacks)
+    monkeypatch.setattr(cpp_build, "slower_than_boxes", lambda: lacks)
     found = findings(run, tmp_path)
     words = "the generated C++ kernel (lowering 'cpp')"
-    assert found["float32 on CPU"]["text"] == found["fp8 on CPU"]["text"] == words
-    assert found["bfloat16 on CPU"]["text"] == f"{words}; it multiplies in float32, since {lacks}"
+    assert found["float32 on CPU"]["text"] == found["bfloat16 on CPU"]["text"] == f"lowering boxes: {lacks}"
+    assert found["fp8 on CPU"]["text"] == words
     assert found["int8 on CPU"]["text"] == f"lowering boxes, without quantization: {lacks}"
+    monkeypatch.setattr(cpp_build, "slower_than_boxes", lambda: None)
+    found = findings(run, tmp_path)
+    assert found["float32 on CPU"]["text"] == words
+    assert found["bfloat16 on CPU"]["text"] == f"{words}; it multiplies in float32, since {lacks}"
 
 
 def test_doctor_builds_and_checks_a_kernel(run, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]

@@ -8,6 +8,7 @@ kernel computes in the same precision as the untuned one.
 from __future__ import annotations
 
 import dataclasses
+import importlib
 import itertools
 import logging
 from typing import Any
@@ -162,9 +163,13 @@ def why_not(candidate: Candidate, problem: Problem) -> str | None:
         if lowering == "boxes" and not problem.resolved.product:
             return "boxes take windows that are products of the axes"
         return f"gather does not compute with quant={plan.quant!r}" if plan.quant not in ("none", "fp8") else None
-    if lowering not in ("cpp", "triton") or lowering != plan.lowering:
-        return f"this machine runs {plan.lowering!r}"
-    return _why_no_config(candidate, problem) if candidate.config else None
+    if lowering not in ("cpp", "triton"):
+        return "there is no such lowering"
+    if lowering == "triton" and problem.device.type == "cpu" and plan.lowering != "triton":
+        return "it runs on a GPU"  # the interpreter, which tests use, would take it
+    module = importlib.import_module(f"fpscompile.lowerings.{lowering}")
+    reason: str | None = module.why_not(problem.dtype, problem.head_dim, problem.value_dim, plan, problem.device)
+    return reason or (_why_no_config(candidate, problem) if candidate.config else None)
 
 
 def _why_no_config(candidate: Candidate, problem: Problem) -> str | None:

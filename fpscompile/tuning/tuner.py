@@ -194,7 +194,8 @@ def measure(
     found = candidates(problem, default, effort)
     prepare([candidate for candidate in found if not candidate.config])
     slow = _far_behind(runners) if effort == "quick" else {}
-    notes += [f"configs of {lowering} are not tried: {reason}" for lowering, reason in slow.items()]
+    skipped = [name for name in slow if any(item.config and item.lowering == name for item in found)]
+    notes += [f"configs of {name} are not tried: {slow[name]}" for name in skipped]
     prepare([candidate for candidate in found if candidate.config and candidate.lowering not in slow])
     result = race(
         runners, EFFORTS[effort], incumbent=default, tick=lambda: on_measurement(f"racing {len(runners)} candidates")
