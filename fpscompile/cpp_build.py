@@ -50,7 +50,10 @@ CPU_FLAGS = {
 
 WIDE_FLAG = "avx512f"
 """Without it torch's micro-kernel for float32 is an ordinary small matrix product, and boxes are about twice as fast as
-the generated kernel (0.5 to 0.7 of its time from 2k to 8k tokens, head dims 64 and 128, on a Zen 3 processor)."""
+the generated kernel (0.4 to 0.75 of its time from 2k to 8k tokens, head dims 64 and 128, on a Zen 3 processor)."""
+
+BOXES_FROM = 1024
+"""Query tokens from which that holds: at 500 the two were about equal, at 256 boxes took 2.6 times as long."""
 
 _loaded: dict[str, ctypes.CDLL] = {}
 _building: dict[str, threading.Lock] = {}
@@ -70,9 +73,9 @@ def unavailable(compute: str = "float32") -> str | None:
     return _unavailable(compute)
 
 
-def slower_than_boxes() -> str | None:
-    """Why ``lowering="auto"`` takes boxes on this processor where it can choose, or None."""
-    if WIDE_FLAG in processor_flags():
+def slower_than_boxes(tokens: int = BOXES_FROM) -> str | None:
+    """Why ``lowering="auto"`` takes boxes on this processor for so many query tokens where it can choose, or None."""
+    if WIDE_FLAG in processor_flags() or tokens < BOXES_FROM:
         return None
     return f"the processor lacks {WIDE_FLAG}, without which dense attention of boxes is faster"
 

@@ -12,6 +12,7 @@ from typing import Any, Protocol
 import sympy
 import torch
 from torch import fx
+from torch._dispatch.python import enable_python_dispatcher
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from fpscompile.ir import AttentionSite, Rejection, Size
@@ -191,7 +192,8 @@ def emit(
     mode = fake_mode(_leaves((values, named))) or state.fake_mode
     call = getattr(values[0], target) if isinstance(target, str) else target
     inputs = values[1:] if isinstance(target, str) else values
-    with mode or contextlib.nullcontext():
+    # As Dynamo does: without the Python dispatcher, torch 2.11 reads sizes of composite ops as numbers, with guards.
+    with mode or contextlib.nullcontext(), enable_python_dispatcher():
         node.meta["example_value"] = call(*inputs, **named)
     return node
 

@@ -107,7 +107,7 @@ def _lowering(site: AttentionSite, plan: Plan, state: GraphState) -> str:
     if reason is None and generated == "triton" and resolved.dynamic:
         reason = "its lists of tiles are made before the call, and a top-k window chooses tiles within it"
     if reason is None:
-        slower = cpp_build.slower_than_boxes() if generated == "cpp" and asked == "auto" else None
+        slower = cpp_build.slower_than_boxes(site.shape[2].hint) if generated == "cpp" and asked == "auto" else None
         if slower is not None and plan.quant == "none" and resolved.product:
             state.note("info", "lowering", f"lowering 'boxes' in place of 'cpp': {slower}")
             return "boxes"

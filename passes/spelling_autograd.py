@@ -45,6 +45,12 @@ class _Function:
     def inputs(self, graph: fx.Graph) -> list[fx.Node]:
         return [node for node in graph.nodes if node.op == "placeholder"]
 
+    @property
+    def results(self) -> tuple[Any, ...]:
+        """What the forward hands to the outer graph."""
+        results = self.returned(self.forward)[0]
+        return tuple(results) if isinstance(results, (tuple, list)) else (results,)
+
     def returned(self, graph: fx.Graph) -> Any:
         return next(node for node in reversed(graph.nodes) if node.op == "output").args[0]
 
@@ -103,24 +109,22 @@ def _forward_problem(function: _Function) -> str | None:
             return f"its forward calls {target_name(node)} besides the attention op"
     if len(function.inputs(function.forward)) != len(function.operands):
         return "its forward takes other inputs than it is given"
-    results = function.returned(function.forward)[0]
-    results = results if isinstance(results, (tuple, list)) else (results,)
-    if len(results) != 1 or _path(results[0]) != (function.op, (0,)):
+    # Torch 2.11 hands the tensors between out as well, behind the result; that nobody reads them is the caller's check.
+    if _path(function.results[0]) != (function.op, (0,)):
         return "its forward returns something else than the attention's output"
     return None if _widths_kept(function) else "its forward trims or pads features in a way that is not undone"
 
 
 def _is_scalar(node: fx.Node) -> bool:
     """Whether a node computes sizes, not tensors."""
-    return isinstance(fake_value(node), (int, float, torch.SymInt, torch.SymFloat, torch.Size))
+    return isinstance(fake_value(node), (int, float, torch.SymInt, torch.SymFloat, torch.SymBool, torch.Size))
 
 
 def _widths_kept(function: _Function) -> bool:
     """Whether the result is as wide as the values were, whatever padding lies between."""
     arguments = arguments_of(function.op) or {}
     value = first(arguments, VALUE)
-    result = function.returned(function.forward)[0]
-    result = result[0] if isinstance(result, (tuple, list)) else result
+    result = function.results[0]
     source, _ = _path(value)
     before, after = fake_tensor(source), fake_tensor(result)
     return before is not None and after is not None and before.shape[-1] == after.shape[-1]
@@ -141,10 +145,13 @@ def _backward_problem(function: _Function) -> str | None:
     if forward is None or backward is None:
         return "its backward's signature cannot be read"
     saved = function.returned(function.forward)[1]
-    inputs = function.inputs(graph)
-    if len(inputs) != 1 + len(saved) or _path(backward["dout"])[0] is not inputs[0]:
+    inputs, results = function.inputs(graph), len(function.results)
+    others = inputs[1:results]
+    if len(inputs) != results + len(saved) or any(node.users for node in others):
         return "its backward takes other gradients than the result's"
-    stands_for = dict(zip(inputs[1:], saved, strict=True))
+    if _path(backward["dout"])[0] is not inputs[0]:
+        return "its backward takes other gradients than the result's"
+    stands_for = dict(zip(inputs[results:], saved, strict=True))
     for name in sorted(forward.keys() & backward.keys() - {"dropout_p"} | {"dropout_p", "softmax_scale", "causal"}):
         given = backward.get(name)
         source = stands_for.get(given, given) if isinstance(given, fx.Node) else given

@@ -630,7 +630,7 @@ def test_what_the_processor_cannot_multiply_is_noted(monkeypatch: pytest.MonkeyP
 
     lacks = "the processor lacks avx512f"
     monkeypatch.setattr(cpp_build, "unavailable", lambda compute="float32": None if compute == "float32" else lacks)
-    monkeypatch.setattr(cpp_build, "slower_than_boxes", lambda: None)
+    monkeypatch.setattr(cpp_build, "slower_than_boxes", lambda *_: None)
     monkeypatch.setattr(cpp_build, "build_ahead", lambda source: None)
     notes = {}
     for dtype, options in ((torch.float32, {}), (torch.bfloat16, {}), (torch.float32, {"quant": "int8"})):

@@ -351,7 +351,7 @@ def planned(dtype: torch.dtype = torch.float32, **options: Any) -> tuple[set[str
 
 def test_auto_takes_the_generated_kernel_where_it_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cpp_build, "unavailable", lambda compute="float32": None)
-    monkeypatch.setattr(cpp_build, "slower_than_boxes", lambda: None)
+    monkeypatch.setattr(cpp_build, "slower_than_boxes", lambda *_: None)
     assert planned() == ({"cpp"}, [])
     torch._dynamo.reset()
     assert planned(quant="fp8") == ({"cpp"}, [])
@@ -374,9 +374,12 @@ def test_auto_takes_boxes_on_processors_that_like_them_better(monkeypatch: pytes
     """Where they can serve: not FP8, not windows that are no product of the axes, and not where cpp is asked for."""
     monkeypatch.setattr(cpp_build, "unavailable", lambda compute="float32": None)
     monkeypatch.setattr(cpp_build, "processor_flags", lambda: frozenset({"avx2", "fma", "f16c"}))
+    assert planned() == ({"cpp"}, [])  # too few tokens for boxes to win
+    torch._dynamo.reset()
+    monkeypatch.setattr(cpp_build, "BOXES_FROM", 180)
     lowerings, notes = planned()
     assert lowerings == {"boxes"}
-    assert notes == [f"lowering 'boxes' in place of 'cpp': {cpp_build.slower_than_boxes()}"]
+    assert notes == [f"lowering 'boxes' in place of 'cpp': {cpp_build.slower_than_boxes(180)}"]
     assert "avx512f" in notes[0]
     for options in ({"quant": "fp8"}, {"window": {"family": "topk", "density": 0.3}}, {"lowering": "cpp"}):
         torch._dynamo.reset()

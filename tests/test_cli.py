@@ -341,13 +341,13 @@ def test_doctor_says_in_words_what_the_processor_cannot_do(  # type: ignore[no-u
 
     lacks = "the processor lacks avx512f"
     monkeypatch.setattr(cpp_build, "unavailable", lambda compute="float32": None if compute == "float32" else lacks)
-    monkeypatch.setattr(cpp_build, "slower_than_boxes", lambda: lacks)
+    monkeypatch.setattr(cpp_build, "slower_than_boxes", lambda *_: lacks)
     found = findings(run, tmp_path)
     words = "the generated C++ kernel (lowering 'cpp')"
     assert found["float32 on CPU"]["text"] == found["bfloat16 on CPU"]["text"] == f"lowering boxes: {lacks}"
     assert found["fp8 on CPU"]["text"] == words
     assert found["int8 on CPU"]["text"] == f"lowering boxes, without quantization: {lacks}"
-    monkeypatch.setattr(cpp_build, "slower_than_boxes", lambda: None)
+    monkeypatch.setattr(cpp_build, "slower_than_boxes", lambda *_: None)
     found = findings(run, tmp_path)
     assert found["float32 on CPU"]["text"] == words
     assert found["bfloat16 on CPU"]["text"] == f"{words}; it multiplies in float32, since {lacks}"

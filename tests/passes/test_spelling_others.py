@@ -147,6 +147,9 @@ def test_three_dimensional_inputs_with_more(options: dict[str, Any], code: str) 
     assert outcome.untouched
 
 
+@pytest.mark.xfail(
+    torch.__version__ < "2.12", reason="einops tells Dynamo of torch 2.11 to keep its calls whole", strict=True
+)
 def test_einops() -> None:
     einops = pytest.importorskip("einops")
 
