@@ -90,7 +90,7 @@ def check(resolved, inputs, phases, *, key_mask=None, block_mask=None, scale=0.2
     ids=lambda value: "x".join(map(str, value)) if isinstance(value, tuple) else str(value),
 )  # fmt: skip
 def test_every_phase_on_ragged_grids_with_text(quant, grid, tile, dim, before, after, heads):
-    """With FP8 the covering array of ``test_reference.py`` does most of this."""
+    """With FP8 the covering array of ``test_covering_array.py`` does most of this."""
     resolved = resolved_plan(grid, tile, before, after, quant=quant)
     check(resolved, draw(resolved, batch=4, heads=heads, dim=dim, value_dim=dim), (0, 1, 2, 3), scale=dim**-0.5)
 

@@ -90,7 +90,7 @@ def check(resolved: ResolvedPlan, inputs, phases, *, key_mask=None, block_mask=N
     ids=lambda value: "x".join(map(str, value)) if isinstance(value, tuple) else str(value),
 )
 def test_every_phase_on_ragged_grids_with_text(quant, grid, tile, dim, before, after):
-    """With FP8 the covering array of ``test_reference.py`` does most of this."""
+    """With FP8 the covering array of ``test_covering_array.py`` does most of this."""
     resolved = resolved_plan(grid, tile, before, after, quant=quant)
     inputs = draw(resolved, batch=4, heads=1, key_heads=1, dim=dim, value_dim=dim)
     check(resolved, inputs, (0, 1, 2, 3), scale=dim**-0.5)
