@@ -169,7 +169,7 @@ def test_each_option_lowers_the_error_it_is_for(option, lowering):
 
 @pytest.mark.parametrize("dim", [32, 40])
 def test_outputs_and_gradients_of_narrow_heads(dim):
-    """Rotations narrower than what kernels hold, and wider than the head; ``test_covering_array.py`` has all other heads."""
+    """Rotations narrower than what kernels hold, and wider than the head; ``test_covering_array.py`` has the others."""
     resolved = resolved_plan((2, 8, 9), (2, 8, 8), 4, 0, phases=PHASES[:2], **BOTH)
     q, k, v = draw(resolved, batch=2, heads=2, dim=dim, value_dim=32)
     grad = torch.randn(2, 2, resolved.q_layout.length, 32, device=DEVICE)
