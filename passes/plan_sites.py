@@ -75,7 +75,7 @@ def _lowering(site: AttentionSite, plan: Plan, state: GraphState) -> str:
 
     1. On a GPU, the generated Triton kernels, quantized or not.
     2. On a CPU that can build and run it, the generated kernel: with AVX-512 it was faster than boxes at every shape
-       measured. Without, boxes were, and the kernel serves only what boxes cannot.
+       measured. Without, boxes were from a thousand tokens on, and the kernel serves the rest.
     3. Otherwise boxes, which run anywhere; or gather, where P is rounded to FP8 block by block, or where a window is no
        product of the three axes. Where 1 or 2 gives way, a record says why.
     """

@@ -146,10 +146,8 @@ def _backward_problem(function: _Function) -> str | None:
         return "its backward's signature cannot be read"
     saved = function.returned(function.forward)[1]
     inputs, results = function.inputs(graph), len(function.results)
-    others = inputs[1:results]
-    if len(inputs) != results + len(saved) or any(node.users for node in others):
-        return "its backward takes other gradients than the result's"
-    if _path(backward["dout"])[0] is not inputs[0]:
+    read = any(node.users for node in inputs[1:results])  # gradients of what lies behind the result
+    if len(inputs) != results + len(saved) or read or _path(backward["dout"])[0] is not inputs[0]:
         return "its backward takes other gradients than the result's"
     stands_for = dict(zip(inputs[results:], saved, strict=True))
     for name in sorted(forward.keys() & backward.keys() - {"dropout_p"} | {"dropout_p", "softmax_scale", "causal"}):
