@@ -14,6 +14,7 @@ the command: finished work is kept, training goes on from its last checkpoint.
 from __future__ import annotations
 
 import argparse
+import os
 import subprocess
 import sys
 import time
@@ -70,6 +71,7 @@ def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--scenes", nargs="+", choices=data.SCENES, default=data.HELD_OUT, help="held out, in turn")
     parser.add_argument("--base-steps", type=int, default=0, help="train a base for each scene, from nothing")
     parser.add_argument("--until", type=float, default=float("inf"), help=argparse.SUPPRESS)
+    parser.add_argument("--part", choices=("base", "trained", "free"), help=argparse.SUPPRESS)
     parser.add_argument("--first-seed", type=int, default=0, help=argparse.SUPPRESS)
     parser.add_argument("--seeds", type=int, help="seeds of training, from 0")
     parser.add_argument("--pool", type=int, help="training clips")
@@ -136,10 +138,12 @@ def run_variant(variant: str, scene: str, seeds: Sequence[int], args: argparse.N
     fields = ("steps", "batch", "lr", "ema", "clips", "samples", "group", "sample_steps")
     budget = Budget(**{name: getattr(args, name) for name in fields})
     how = Arithmetic(args.device, args.inner, args.lowering)
+    jobs = {"trained": "dense" if variant == "dense" else f"joint-{variant}"}
+    if variant != "dense":
+        jobs["free"] = f"free-{variant}"
     for seed in seeds:
         place = Place(args.out, scene, seed, args.clips_file, args.until)
-        jobs = ("dense",) if variant == "dense" else (f"free-{variant}", f"joint-{variant}")
-        for name in jobs:
+        for name in [name for part, name in jobs.items() if args.part in (None, part)]:
             if finished(name, place, budget):
                 continue
             weights = train("dense" if name.startswith("free-") else variant, base, size, place, budget, how)
@@ -149,20 +153,28 @@ def run_variant(variant: str, scene: str, seeds: Sequence[int], args: argparse.N
             console.print(f"{scene} {seed} {name}: evaluated in {time.time() - started:.0f} s")
 
 
-def spread(tasks: Sequence[tuple[str, str, Sequence[int]]], argv: Sequence[str], args: argparse.Namespace) -> list[str]:
-    """Runs each (variant, scene, seeds) in a process of its own, ``args.jobs`` at a time; returns what failed."""
+Task = tuple[str, str, int]
+"""A variant, the scene that is held out, and the seed."""
 
-    def one(task: tuple[str, str, Sequence[int]]) -> str | None:
-        variant, scene, seeds = task
-        path = args.out / scene / f"{variant}.{seeds[0]}.log"
-        own = [variant, *argv, "--jobs", "1", "--scenes", scene, "--until", str(args.until)]
-        own += ["--first-seed", str(seeds[0]), "--seeds", str(len(seeds))]
+
+def spread(part: str, tasks: Sequence[Task], argv: Sequence[str], args: argparse.Namespace) -> list[str]:
+    """Runs a part of each (variant, scene, seed) in a process of its own, ``args.jobs`` at a time and GPUs in turn;
+    returns what failed."""
+    gpus = torch.cuda.device_count() if args.device == "cuda" else 0
+
+    def one(number: int) -> str | None:
+        variant, scene, seed = tasks[number]
+        path = args.out / scene / f"{variant}.{seed}.log"
+        own = [variant, *argv, "--jobs", "1", "--part", part, "--scenes", scene, "--until", str(args.until)]
+        own += ["--first-seed", str(seed), "--seeds", "1"]
+        env = {**os.environ, **({"CUDA_VISIBLE_DEVICES": str(number % gpus)} if gpus > 1 else {})}
+        command = [sys.executable, __file__, *own]
         with path.open("a") as log:
-            done = subprocess.run([sys.executable, __file__, *own], stdout=log, stderr=subprocess.STDOUT, check=False)
+            done = subprocess.run(command, env=env, stdout=log, stderr=subprocess.STDOUT, check=False)
         return None if done.returncode == 0 else f"{path}: {_last_line(path)}"
 
     with ThreadPoolExecutor(args.jobs) as executor:
-        return [failure for failure in executor.map(one, tasks) if failure]
+        return [failure for failure in executor.map(one, range(len(tasks))) if failure]
 
 
 def _last_line(path: Path) -> str:
@@ -184,16 +196,22 @@ def main(argv: Sequence[str] | None = None) -> None:
     if args.jobs == 1:
         seeds = range(args.first_seed, args.first_seed + args.seeds)
         for scene in args.scenes:
+            if args.part == "base":
+                base_of(scene, args)
+                continue
             for variant in variants:
                 run_variant(variant, scene, seeds, args, console)
         return
     options = [a for a in argv if a not in args.variants]
-    for stage in (["dense"], [v for v in variants if v != "dense"]):
-        # Seeds of the dense control share the base that the first of them trains.
-        one_by_one = [[s] for s in range(args.seeds)] if stage != ["dense"] else [list(range(args.seeds))]
-        tasks = [(v, scene, seeds) for seeds in one_by_one for scene in args.scenes for v in stage]
-        failed = spread(tasks, options, args)
-        console.print(f"{len(tasks) - len(failed)} of {len(tasks)} tasks done after {time.time() - started:.0f} s")
+    grid: list[Task] = [(v, scene, seed) for seed in range(args.seeds) for scene in args.scenes for v in variants]
+    stages = {
+        "base": [("dense", scene, 0) for scene in args.scenes],
+        "trained": grid,
+        "free": [task for task in grid if task[0] != "dense"],  # on the weights of the dense control
+    }
+    for part, tasks in stages.items():
+        failed = spread(part, tasks, options, args)
+        console.print(f"{part}: {len(tasks) - len(failed)} of {len(tasks)} done after {time.time() - started:.0f} s")
         if failed:
             console.print("\n".join(failed), markup=False)
             raise SystemExit(f"{len(failed)} of {len(tasks)} tasks are unfinished: repeat the command to go on")
