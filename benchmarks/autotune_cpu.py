@@ -5,7 +5,7 @@ an exhaustive search times every valid config of the generated kernel and every 
 turns; then the tuned kernel, the default and the best of the exhaustive search are measured against each other.
 
     python benchmarks/autotune_cpu.py --build        builds all kernels, which any machine load may slow, and ends
-    python benchmarks/autotune_cpu.py [--heads N] [--dtype float32] [--threads N] [--quick] [--json PATH]
+    python benchmarks/autotune_cpu.py [--heads N] [--dtype float32] [--threads N] [--only NAME ...] [--quick] [--json PATH]
 
 ``tuned_over_best`` is a ratio of interleaved times: 1.05 means that exhaustive search would save 5 %.
 ``default_over_best`` is what not tuning costs.
@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import json
 import math
 import statistics
 import sys
@@ -184,12 +185,15 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     parser.add_argument("--threads", type=int, help="torch threads")
     parser.add_argument("--quick", action="store_true", help="one small shape, for continuous integration")
     parser.add_argument("--build", action="store_true", help="only build the kernels")
+    parser.add_argument(
+        "--only", nargs="+", choices=[s.name for s in SHAPES], help="these shapes; other rows of the JSON file stay"
+    )
     parser.add_argument("--json", type=Path, help="also write the rows to this file")
     args = parser.parse_args(argv)
     if args.threads:
         torch.set_num_threads(args.threads)
     rows, began = [], time.perf_counter()
-    for shape in QUICK if args.quick else SHAPES:
+    for shape in QUICK if args.quick else [s for s in SHAPES if args.only is None or s.name in args.only]:
         given = problem(shape, args.heads, DTYPES[args.dtype])
         build(given, candidates(given, Candidate(given.resolved.plan.lowering), "full"))
         if args.build:
@@ -204,6 +208,9 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         rows.append(made)
     if args.build:
         return {}
+    if args.only and args.json and args.json.exists():
+        names = [row["shape"] for row in rows]
+        rows += [row for row in json.loads(args.json.read_text())["rows"] if row["shape"] not in names]
     summary = summarize(rows)
     print_table("Tuned kernel against exhaustive search (interleaved medians)", COLUMNS, rows)
     print(", ".join(f"{name} {value:.3f}" for name, value in summary.items()))
