@@ -5,7 +5,8 @@ an exhaustive search times every valid config of the generated kernel and every 
 turns; then the tuned kernel, the default and the best of the exhaustive search are measured against each other.
 
     python benchmarks/autotune_cpu.py --build        builds all kernels, which any machine load may slow, and ends
-    python benchmarks/autotune_cpu.py [--heads N] [--dtype float32] [--threads N] [--only NAME ...] [--quick] [--json PATH]
+    python benchmarks/autotune_cpu.py [--heads N] [--dtype float32] [--threads N] [--only NAME ...] [--quick]
+        [--json PATH]
 
 ``tuned_over_best`` is a ratio of interleaved times: 1.05 means that exhaustive search would save 5 %.
 ``default_over_best`` is what not tuning costs.
