@@ -16,7 +16,8 @@ import torch
 
 from fpscompile import cpp_build
 from fpscompile.errors import CompilerMissingError, FpsError
-from fpscompile.lowerings import cpp, triton
+from fpscompile.gpu.call import target_of, why_not
+from fpscompile.lowerings import cpp
 from fpscompile.plan import PhasePlan, Plan
 from fpscompile.settings import QUANT
 from fpscompile.tuning import store
@@ -122,11 +123,11 @@ def _gpus() -> Iterator[Finding]:
         )  # fmt: skip
     for index in range(torch.cuda.device_count()):
         device = torch.device("cuda", index)
-        target = triton.target_of(device)
+        target = target_of(device)
         name = f"{torch.cuda.get_device_name(device)} ({target})"
         for dtype, quant in (("bfloat16", "fp8"), ("bfloat16", "none")):
             plan = Plan((4, 8, 8), (PhasePlan(density=1.0),), quant=quant)
-            reason = triton.why_not(getattr(torch, dtype), 128, 128, plan, device)
+            reason = why_not(getattr(torch, dtype), 128, 128, plan, device)
             words = "the generated Triton kernels (lowering 'triton')" if reason is None else f"not available: {reason}"
             yield Finding("ok" if reason is None else "info", f"{quant if quant != 'none' else dtype} on {name}", words)
 

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 from fpscompile import cpp_build
 from fpscompile.errors import OptionError, UnsupportedError
+from fpscompile.gpu.call import has_fp8_tensor_cores
 from fpscompile.ir import AttentionSite
 from fpscompile.kernel_spec import tile_slots
 from fpscompile.lowerings import cpp, triton
@@ -49,7 +50,7 @@ def plan_for(site: AttentionSite, state: GraphState) -> Plan:
     assert query is not None
     quant = settings.quant
     if quant == "auto":
-        quant = "fp8" if triton.has_fp8_tensor_cores(query.device) else "none"
+        quant = "fp8" if has_fp8_tensor_cores(query.device) else "none"
     plan = Plan.of(
         _schedule(site, state), tile=settings.tile, quant=quant, lowering=settings.lowering, compute=settings.compute,
         smooth_k=settings.smooth_k, smooth_v=settings.smooth_v, hadamard=settings.hadamard,

@@ -575,7 +575,7 @@ def test_configs_that_a_file_may_hold(
 
 
 def test_gpu_configs_that_a_file_may_hold(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("fpscompile.lowerings.triton.target_of", lambda device: "cuda:90")
+    monkeypatch.setattr("fpscompile.gpu.call.target_of", lambda device: "cuda:90")
     given = problem(lowering="triton", quant="fp8", tile=(2, 8, 8), phases=(PhasePlan(density=1.0),))
     given = dataclasses.replace(given, device=torch.device("cuda"), head_dim=64, value_dim=64, weights=())
 
@@ -756,7 +756,7 @@ def test_gpu_configs_are_pruned_by_the_cost_model(monkeypatch: pytest.MonkeyPatc
         return [SimpleNamespace(config=c, prediction=None if c.num_stages == 2 else 1.0) for c in slowest_first]
 
     monkeypatch.setattr(cost_model, "rank", rank)
-    monkeypatch.setattr("fpscompile.lowerings.triton.target_of", lambda device: "cuda:90")
+    monkeypatch.setattr("fpscompile.gpu.call.target_of", lambda device: "cuda:90")
     found = space.triton_configs(given, "quick")
     ((spec, configs),) = seen
     assert spec.target == "cuda:90"

@@ -11,8 +11,9 @@ from models.zoo import ZOO, output, wan
 
 import fpscompile
 from fpscompile import Backend, Settings
+from fpscompile.gpu.call import spec_for
 from fpscompile.kernel_spec import KernelSpec
-from fpscompile.lowerings import cpp, triton
+from fpscompile.lowerings import cpp
 from fpscompile.plan import PhasePlan, Plan
 from fpscompile.render import canonical
 from fpscompile.report_text import quant_text
@@ -71,7 +72,7 @@ def test_kernels_are_keyed_by_the_options_only_where_they_matter(option: str) ->
     q = torch.empty(1, 2, 8, 72)
     for quant, differ in (("fp8", True), ("none", False)):
         plans = [Plan((2, 2, 4), (PhasePlan(density=1.0),), quant=quant, **{option: on}) for on in (False, True)]
-        off, on = (triton._spec("cuda:90", "bfloat16", 72, 72, plan, False, 1) for plan in plans)
+        off, on = (spec_for("cuda:90", "bfloat16", 72, 72, plan, False, 1) for plan in plans)
         assert (off != on) == differ
         off, on = (canonical(cpp._spec(q.dtype, 72, 72, plan, "none", 1, False)) for plan in plans)
         assert (off != on) == differ

@@ -27,6 +27,7 @@ from torch.nn.functional import scaled_dot_product_attention
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from fpscompile.gpu import operands
+from fpscompile.gpu.call import spec_of
 from fpscompile.gpu.tables import tables_of
 from fpscompile.lowerings import triton as lowering
 from fpscompile.plan import PhasePlan, Plan, ResolvedPlan, resolve
@@ -165,7 +166,7 @@ def rows_of(
                 plan = Plan(tile=tile, phases=(PhasePlan(density=density),), clamp=True, quant=quant, lowering="triton")
                 resolved = resolve(plan, case.grid, case.length, case.length)
                 kept = resolved.densities[0]
-                config = lowering.config_of(lowering.spec_of(q, k, v, None, resolved), q.device)
+                config = lowering.config_of(spec_of(q, k, v, None, resolved), q.device)
 
                 def call(resolved: ResolvedPlan = resolved) -> torch.Tensor:
                     return lowering.forward(q, k, v, key_mask=None, phases=phase, resolved=resolved, scale=scale)[0]
@@ -183,7 +184,7 @@ def rows_of(
                     continue
                 row["pre_ms"] = 0.0
                 if quant == "fp8":
-                    spec, tables = lowering.spec_of(q, k, v, None, resolved), tables_of(resolved, q.device)
+                    spec, tables = spec_of(q, k, v, None, resolved), tables_of(resolved, q.device)
                     row["pre_ms"] = time_ms(
                         lambda spec=spec, tables=tables: operands.pack(
                             q, k, v, None, phase, spec, tables, ("tile",), scale

@@ -32,12 +32,12 @@ import torch
 from fpscompile.errors import UnsupportedError
 from fpscompile.gpu import operands, render
 from fpscompile.gpu.binary import refuse_damaged
+from fpscompile.gpu.call import head_strides, launching, phase_tensor, spec_of, why_not
 from fpscompile.gpu.config import padded
 from fpscompile.gpu.operands import KeyBias, Packed
 from fpscompile.gpu.tables import Tables, row_blocks, tables_of
 from fpscompile.hadamard import unrotate
 from fpscompile.kernel_spec import KernelSpec
-from fpscompile.lowerings import triton as lowering
 from fpscompile.masks import BlockMask
 from fpscompile.plan import ResolvedPlan
 from fpscompile.tiling import TileLayout
@@ -143,20 +143,20 @@ def backward(
     Raises:
         UnsupportedError: as the forward.
     """
-    reason = lowering.why_not(q.dtype, q.shape[-1], v.shape[-1], resolved.plan, q.device)
+    reason = why_not(q.dtype, q.shape[-1], v.shape[-1], resolved.plan, q.device)
     if reason is not None:
         raise UnsupportedError(f"lowering 'triton': {reason}; choose lowering='boxes' (or 'gather' with quant='fp8')")
-    spec = lowering.spec_of(q, k, v, key_mask, resolved)
+    spec = spec_of(q, k, v, key_mask, resolved)
     config = config or default_config(spec)
     dq, dk, dv = (x.new_empty(x.shape[0], x.shape[2], x.shape[1], x.shape[3]) for x in (q, k, v))
     if lse.numel() == 0 or k.shape[2] == 0:
         return dq.zero_().transpose(1, 2), dk.zero_().transpose(1, 2), dv.zero_().transpose(1, 2)
     if spec.hadamard:  # the kernels' products are those of rotated tokens
         dq, dk = (x.new_empty(*x.shape[:3], spec.product_dim, dtype=torch.float32) for x in (dq, dk))
-    phase = lowering._phase(phases, q.device)
+    phase = phase_tensor(phases, q.device)
     tables = tables_of(resolved, q.device, block_mask)
     grad_out, lse = grad_out.to(q.dtype), lse.contiguous()
-    with lowering._launching(q.device):
+    with launching(q.device):
         packed = None
         if spec.quant == "fp8":
             granularities = tuple(phase.granularity for phase in resolved.plan.phases)
@@ -245,8 +245,8 @@ def launches(
         v16 = torch.empty(at_once, dvp, tables.k_slots, dtype=torch.bfloat16, device=q.device)
         dk_inputs = (packed.q, packed.k, v16, grad8, lse2, delta, dk, dv, *scales, running, blocks, _ranks(tables))
     if bias is not None:
-        dq_inputs += (bias.bias, bias.state, *lowering._strides(bias.bias), *lowering._strides(bias.state))
-        dk_inputs += (bias.bias, *lowering._strides(bias.bias))
+        dq_inputs += (bias.bias, bias.state, *head_strides(bias.bias), *head_strides(bias.state))
+        dk_inputs += (bias.bias, *head_strides(bias.bias))
     dq_inputs += (keys.count, keys.index, keys.valid, q_blocks, tables.q_token, phase)
     dk_inputs += (queries.count, queries.index, queries.valid, k_blocks, tables.k_token, phase)
     slots = (tables.q_slots, tables.k_slots)

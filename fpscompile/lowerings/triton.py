@@ -10,71 +10,22 @@ slow, and meant for tests and readers.
 
 from __future__ import annotations
 
-import contextlib
-import functools
 import math
 
 import torch
 
 from fpscompile.errors import UnsupportedError
-from fpscompile.gpu import operands, render
+from fpscompile.gpu import gradients, operands, render
 from fpscompile.gpu.binary import refuse_damaged
+from fpscompile.gpu.call import head_strides, launching, phase_tensor, spec_of, why_not
 from fpscompile.gpu.config import KernelConfig, default_config, why_invalid
-from fpscompile.gpu.interpreter import interpreting, repaired_interpreter
 from fpscompile.gpu.tables import Tables, row_blocks, tables_of
 from fpscompile.kernel_spec import KernelSpec
 from fpscompile.masks import BlockMask
-from fpscompile.plan import Plan, ResolvedPlan
+from fpscompile.plan import ResolvedPlan
 
 PHASES_ON_DEVICE = True
 """``phases`` is an int32 tensor on the device; kernels clamp it into range."""
-
-HEAD_DIMS = (1, 256)
-"""Smallest and largest head dim, of Q and K as well as of V."""
-
-FP8_ARCHITECTURES = ("cuda:89", "cuda:90", "cuda:100", "cuda:103", "cuda:120", "hip:gfx942", "hip:gfx950")
-"""Targets with E4M3 tensor cores."""
-
-
-def why_not(dtype: torch.dtype, head_dim: int, value_dim: int, plan: Plan, device: torch.device | str) -> str | None:
-    """Why this lowering cannot run such a site on this machine, or None."""
-    device = torch.device(device)
-    if device.type == "cpu" and not interpreting():
-        return "it runs on a GPU, and the site is on a CPU (TRITON_INTERPRET=1 runs it slowly, for tests)"
-    if device.type not in ("cpu", "cuda"):
-        return f"it runs on CUDA and ROCm, and the site is on {device.type}"
-    if dtype == torch.float64:
-        return "it computes in float32 at most, and the site is float64"
-    low, high = HEAD_DIMS
-    for name, dim in (("head_dim", head_dim), ("value_dim", value_dim)):
-        if not low <= dim <= high:
-            return f"{name}={dim} is outside {low} to {high}"
-    if plan.quant == "int8":
-        return "quant='int8' is for CPUs; on a GPU use quant='fp8'"
-    target = target_of(device)
-    if plan.quant == "fp8" and target not in FP8_ARCHITECTURES:
-        return f"quant='fp8' needs E4M3 tensor cores, and {target} has none"
-    if device.type == "cpu":
-        return None
-    spec = _spec(target, str(dtype).removeprefix("torch."), head_dim, value_dim, plan, False, 1)
-    unfit = why_invalid(default_config(spec), spec)
-    return None if unfit is None else f"no config of its kernel fits {target}: {unfit}"
-
-
-def has_fp8_tensor_cores(device: torch.device) -> bool:
-    """Whether ``quant="auto"`` means FP8 on this device."""
-    return device.type == "cuda" and target_of(device) in FP8_ARCHITECTURES
-
-
-@functools.lru_cache(maxsize=64)
-def target_of(device: torch.device) -> str:
-    """``KernelSpec.target`` of a device. The interpreter, and fake tensors where no GPU is, stand for a Hopper GPU."""
-    if device.type == "cpu" or not torch.cuda.is_available():
-        return "cuda:90"
-    if torch.version.hip:
-        return f"hip:{torch.cuda.get_device_properties(device).gcnArchName.split(':')[0]}"
-    major, minor = torch.cuda.get_device_capability(device)
-    return f"cuda:{major}{minor}"
 
 
 def forward(
@@ -113,9 +64,9 @@ def forward(
         return out.transpose(1, 2), lse
     if k.shape[2] == 0:
         return out.zero_().transpose(1, 2), lse.fill_(float("-inf"))
-    phase = _phase(phases, q.device)
+    phase = phase_tensor(phases, q.device)
     tables = tables_of(resolved, q.device, block_mask)
-    with _launching(q.device):
+    with launching(q.device):
         bias = None if key_mask is None else operands.key_bias(key_mask, tables)
         packed = None
         if spec.quant == "fp8":
@@ -135,7 +86,7 @@ def forward(
                 inputs = (packed.q, packed.k, packed.v, out, lse)
                 inputs += (packed.q_scale, packed.k_scale, packed.v_scale, packed.v_mean, packed.lse_shift)
             if bias is not None:
-                inputs += (bias.bias, bias.state, *_strides(bias.bias), *_strides(bias.state))
+                inputs += (bias.bias, bias.state, *head_strides(bias.bias), *head_strides(bias.state))
             _launch(spec, config, inputs, resolved, tables, phase, batch, heads, length, scale)
     return out.transpose(1, 2), lse
 
@@ -155,8 +106,6 @@ def backward(
     block_mask: BlockMask | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Gradients of q, k and v; see :mod:`fpscompile.gpu.gradients`."""
-    from fpscompile.gpu import gradients
-
     return gradients.backward(
         grad_out, q, k, v, out, lse,
         key_mask=key_mask, phases=phases, resolved=resolved, scale=scale, block_mask=block_mask,
@@ -211,59 +160,8 @@ def config_of(spec: KernelSpec, device: torch.device) -> KernelConfig:
     return default_config(spec)
 
 
-def _strides(x: torch.Tensor) -> tuple[int, int]:
-    """Strides of a batch and a head axis that repeat where they have length 1."""
-    return (x.stride(0) if x.shape[0] > 1 else 0, x.stride(1) if x.shape[1] > 1 else 0)
-
-
 def _positive(q: torch.Tensor, scale: float) -> tuple[torch.Tensor, float]:
     """The same scores with a positive factor: kernels take row maxima before they scale."""
     if scale > 0:
         return q, scale
     return (q * 0.0, 1.0) if scale == 0 else (-q, -scale)
-
-
-def _phase(phases: torch.Tensor | tuple[int, ...], device: torch.device) -> torch.Tensor:
-    if isinstance(phases, torch.Tensor):
-        return phases.to(device, torch.int32).reshape(-1).contiguous()
-    return torch.tensor(phases, dtype=torch.int32).to(device)
-
-
-def _launching(device: torch.device) -> contextlib.AbstractContextManager[object]:
-    """Triton launches on the current device's current stream: make it the tensors' device."""
-    return repaired_interpreter() if device.type == "cpu" else torch.cuda.device(device)
-
-
-def spec_of(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, key_mask: torch.Tensor | None, resolved: ResolvedPlan
-) -> KernelSpec:
-    """The spec of one call."""
-    return _spec(
-        target_of(q.device),
-        str(q.dtype).removeprefix("torch."),
-        q.shape[-1],
-        v.shape[-1],
-        resolved.plan,
-        key_mask is not None,
-        q.shape[1] // k.shape[1],
-    )
-
-
-@functools.lru_cache(maxsize=256)
-def _spec(target: str, dtype: str, head_dim: int, value_dim: int, plan: Plan, masked: bool, group: int) -> KernelSpec:
-    return KernelSpec(
-        target=target,
-        dtype=dtype,
-        head_dim=head_dim,
-        value_dim=value_dim,
-        tile=plan.tile,
-        quant=plan.quant,
-        granularities=tuple(sorted({phase.granularity for phase in plan.phases})) if plan.quant == "fp8" else ("tile",),
-        smooth_k=plan.smooth_k,
-        smooth_v=plan.smooth_v and plan.quant == "fp8",
-        hadamard=plan.hadamard and plan.quant == "fp8",
-        block_n=plan.block_n,
-        p_scale=plan.p_scale,
-        key_mask="float" if masked else "none",  # a bool mask arrives as a term of the scores
-        gqa_group=group,
-    )

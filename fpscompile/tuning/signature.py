@@ -133,7 +133,7 @@ def _digest(resolved: ResolvedPlan) -> str:
 
 @functools.lru_cache(maxsize=16)
 def _gpu_name(device: torch.device) -> str:
-    from fpscompile.lowerings.triton import target_of
+    from fpscompile.gpu.call import target_of
 
     return f"{torch.cuda.get_device_name(device)} ({target_of(device)})"
 

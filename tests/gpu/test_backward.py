@@ -13,6 +13,7 @@ import torch
 
 from fpscompile.gpu import gradients
 from fpscompile.gpu.binary import compile_kernel
+from fpscompile.gpu.call import spec_for
 from fpscompile.gpu.gradients import GradientConfig
 from fpscompile.gpu.operands import Packed
 from fpscompile.gpu.tables import tables_of
@@ -227,7 +228,7 @@ def test_default_configs_compile_without_spills(target, quant, dim):
     """For GPUs that need not be here: registers suffice, and no matrix product waits for another."""
     plan = Plan(tile=(4, 8, 8), phases=PHASES[2:3], lowering="triton", quant=quant)
     resolved = resolve(plan, (8, 16, 16), 2048, 2048)
-    spec = triton._spec(target, "bfloat16", dim, dim, plan, False, 1)
+    spec = spec_for(target, "bfloat16", dim, dim, plan, False, 1)
     tables = tables_of(resolved, torch.device("cpu"))
 
     def empty(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:

@@ -11,6 +11,7 @@ from models.zoo import wan, wan_inputs
 import fpscompile
 from fpscompile.errors import UnsupportedError
 from fpscompile.gpu import offline
+from fpscompile.gpu.call import spec_for
 from fpscompile.gpu.config import default_config
 from fpscompile.lowerings import triton as lowering
 from fpscompile.plan import PhasePlan, Plan
@@ -126,7 +127,7 @@ def test_from_a_compiled_model_to_the_binary_of_its_kernel():
     query, _, value = (argument.meta["example_value"] for argument in nodes[0].args[:3])
     plan = Plan.from_json(nodes[0].args[-1])
     dtype = str(query.dtype).removeprefix("torch.")
-    spec = lowering._spec("cuda:90", dtype, query.shape[-1], value.shape[-1], plan, False, 1)
+    spec = spec_for("cuda:90", dtype, query.shape[-1], value.shape[-1], plan, False, 1)
     config = lowering.config_of(spec, torch.device("cuda"))
     assert config.variant == "hopper"
     for chosen in (config, default_config(spec)):

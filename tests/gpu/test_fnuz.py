@@ -8,7 +8,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from fpscompile.gpu import gradients, operands
+from fpscompile.gpu import call, gradients, operands
+from fpscompile.gpu.call import launching, spec_of
 from fpscompile.gpu.tables import tables_of
 from fpscompile.lowerings import triton
 from fpscompile.plan import PhasePlan, Plan, resolve
@@ -25,7 +26,7 @@ PLAN = Plan(tile=TILE, phases=(PhasePlan(density=1.0),), lowering="triton", quan
 
 @pytest.fixture(autouse=True)
 def _gfx942(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(triton, "target_of", lambda device: "hip:gfx942")
+    monkeypatch.setattr(call, "target_of", lambda device: "hip:gfx942")
 
 
 def rounded(x: torch.Tensor, dims: tuple[int, ...]) -> tuple[torch.Tensor, torch.Tensor]:
@@ -43,8 +44,8 @@ def drawn():
 
 def test_operands_are_rounded_to_its_type_bit_for_bit():
     resolved, _, q, k, v, tiles = drawn()
-    spec, tables = triton.spec_of(q, k, v, None, resolved), tables_of(resolved, q.device)
-    with triton._launching(q.device):
+    spec, tables = spec_of(q, k, v, None, resolved), tables_of(resolved, q.device)
+    with launching(q.device):
         packed = operands.pack(q, k, v, None, torch.zeros(1, dtype=torch.int32), spec, tables, ("tile",), SCALE)
     assert {x.dtype for x in (packed.q, packed.k, packed.v)} == {FNUZ}
     for x, values, scales in ((q, packed.q, packed.q_scale), (k, packed.k, packed.k_scale)):

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from fpscompile.gpu import operands
+from fpscompile.gpu.call import launching, spec_of
 from fpscompile.gpu.config import KernelConfig
 from fpscompile.gpu.tables import tables_of
 from fpscompile.kernel_spec import tile_slots
@@ -193,10 +194,10 @@ def test_packed_operands_are_the_references_bit_for_bit(granularity, masked):
         *(x.cpu() for x in (q, k, v)), resolved.q_layout, resolved.k_layout, granularity, smooth_k=False,
         key_mask=None if mask is None else mask.cpu(),
     )  # fmt: skip
-    spec = triton.spec_of(q, k, v, mask, resolved)
+    spec = spec_of(q, k, v, mask, resolved)
     tables = tables_of(resolved, q.device)
     phase = torch.zeros(1, dtype=torch.int32, device=DEVICE)
-    with triton._launching(q.device):
+    with launching(q.device):
         packed = operands.pack(q, k, v, mask, phase, spec, tables, (granularity,), 0.3)
     packed = operands.Packed(**{name: x if x is None else x.cpu() for name, x in vars(packed).items()})
 
@@ -222,8 +223,8 @@ def test_packed_operands_are_the_references_bit_for_bit(granularity, masked):
 def test_the_mean_of_the_keys():
     resolved = resolved_plan((3, 9, 9), (2, 8, 8), phases=PHASES[2:3], quant="fp8")
     q, k, v = draw(resolved)
-    spec, tables = triton.spec_of(q, k, v, None, resolved), tables_of(resolved, q.device)
-    with triton._launching(q.device):
+    spec, tables = spec_of(q, k, v, None, resolved), tables_of(resolved, q.device)
+    with launching(q.device):
         packed = operands.pack(
             q, k, v, None, torch.zeros(1, dtype=torch.int32, device=DEVICE), spec, tables, ("tile",), 0.3
         )

@@ -12,6 +12,7 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from fpscompile.errors import UnsupportedError
 from fpscompile.gpu import binary, offline
+from fpscompile.gpu.call import launching, spec_for
 from fpscompile.gpu.config import KernelConfig, candidates
 from fpscompile.lowerings import triton as lowering
 from fpscompile.plan import PhasePlan, Plan
@@ -140,7 +141,7 @@ def test_from_a_model_on_a_gpu_to_the_machine_code_of_its_kernels() -> None:
     assert list(node.args[5]) == [8, 16, 16]
 
     group = query.shape[1] // key.shape[1]
-    spec = lowering._spec("cuda:90", "bfloat16", query.shape[-1], value.shape[-1], plan, False, group)
+    spec = spec_for("cuda:90", "bfloat16", query.shape[-1], value.shape[-1], plan, False, group)
     config = lowering.config_of(spec, query.device)
     assert config.variant == "hopper"
     kernels = {"attention_forward": offline.forward_artifacts(spec, config), **offline.prepass_artifacts(spec)}
@@ -154,14 +155,14 @@ def test_from_a_model_on_a_gpu_to_the_machine_code_of_its_kernels() -> None:
 
 def test_a_launch_is_on_the_device_of_its_tensors() -> None:
     """Triton launches on the current device, whichever the tensors are on."""
-    guard = lowering._launching(torch.device("cuda", 1))
+    guard = launching(torch.device("cuda", 1))
     assert isinstance(guard, torch.cuda.device)
     assert guard.idx == 1
 
 
 def test_a_config_of_another_call_is_an_error() -> None:
     """Search and launch share one rule of what is valid."""
-    spec = lowering._spec("cuda:90", "bfloat16", 128, 128, Plan(PLAN.tile, PLAN.phases, quant="fp8"), False, 1)
+    spec = spec_for("cuda:90", "bfloat16", 128, 128, Plan(PLAN.tile, PLAN.phases, quant="fp8"), False, 1)
     gpu = torch.device("cuda")
     for config in candidates(spec):
         assert lowering._valid(config, spec, gpu) is config

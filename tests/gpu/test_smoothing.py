@@ -12,6 +12,7 @@ import torch
 
 from fpscompile import reference
 from fpscompile.gpu import gradients, operands
+from fpscompile.gpu.call import launching, spec_of
 from fpscompile.gpu.gradients import GradientConfig
 from fpscompile.gpu.tables import tables_of
 from fpscompile.hadamard import rotate, rotated_dim
@@ -99,9 +100,9 @@ def test_packed_operands_are_the_references_bit_for_bit(granularity, tile, dim, 
     resolved = resolved_plan(grid, tile, 0, 20, phases=(PhasePlan(density=1.0, granularity=granularity),), **BOTH)
     q, k, v = draw(resolved, torch.bfloat16, batch=2, heads=2, dim=dim, value_dim=48)
     mask = hiding(resolved) if masked else None
-    spec, tables = triton.spec_of(q, k, v, mask, resolved), tables_of(resolved, q.device)
+    spec, tables = spec_of(q, k, v, mask, resolved), tables_of(resolved, q.device)
     phase = torch.zeros(1, dtype=torch.int32, device=DEVICE)
-    with triton._launching(q.device):
+    with launching(q.device):
         packed = operands.pack(q, k, v, mask, phase, spec, tables, (granularity,), 0.3)
     packed = operands.Packed(**{field: x if x is None else x.cpu() for field, x in vars(packed).items()})
     q, k, v = (x.cpu().float() for x in (q, k, v))

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from fpscompile import Backend, Settings, autotune
-from fpscompile.lowerings import triton
+from fpscompile.gpu.call import has_fp8_tensor_cores
 from fpscompile.tuning.signature import device_name
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="measures on a GPU")
@@ -35,7 +35,7 @@ class Model(nn.Module):
 @pytest.mark.parametrize("quant", ["none", "fp8"])
 def test_a_gpu_is_tuned_once_and_the_compilation_uses_it(quant: str, tmp_path: Path) -> None:
     device = torch.device("cuda")
-    if quant == "fp8" and not triton.has_fp8_tensor_cores(device):
+    if quant == "fp8" and not has_fp8_tensor_cores(device):
         pytest.skip("no FP8 tensor cores")
     model = Model().eval().to(device, torch.bfloat16)
     latent = torch.randn(1, 4, 8, 16, 32, device=device, dtype=torch.bfloat16)
