@@ -91,6 +91,8 @@ class AttentionSite:
     query_runs: tuple[Any, ...] = ()
     """Labels of the runs of the query sequence, in order; a span begins where one of them does."""
     key_runs: tuple[Any, ...] = ()
+    history: int = 0
+    """How many earlier videos in front of the current one are a part of ``grid`` (``options["history"]``)."""
     table: tuple[fx.Node, int, Size, Size] | None = None
     """With ``grid_source="rotary"``: the table, its token dimension, and which of its rows are the video's."""
     rejection: Rejection | None = None

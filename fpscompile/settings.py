@@ -30,6 +30,7 @@ KINDS = ("3d", "spatial", "temporal", "cross", "other")
 QUANT = ("auto", "fp8", "int8", "none")
 COMPUTE = ("auto", "float32", "bfloat16")
 AUTOTUNE = ("quick", "full", "off")
+HISTORY = ("global", "windowed")
 LOWERINGS = ("auto", "triton", "cpp", "boxes", "gather", "reference")
 
 
@@ -99,6 +100,9 @@ class Settings:
     """Passed to the inner compiler as its ``options`` (given as a dict)."""
     grid: tuple[int, int, int] | None = None
     """Video tokens along (t, h, w), when the graph cannot show them. Good for one resolution; else use ``attach``."""
+    history: str = "global"
+    """Earlier videos in front of the current one in its sequence: "global" (seen by all, as text is), or "windowed":
+    those of the same (h, w) that adjoin it are windowed with it, as earlier frames."""
     timestep: Timestep = field(default_factory=Timestep)
     """Where progress is read in the graph; a dict with "input", "start", "end", "shift"."""
     strict: bool = False
@@ -152,6 +156,7 @@ class Settings:
             raise OptionError(f"inner_options={self.inner_options!r} must be a dict of the inner compiler's options")
         if self.grid is not None:
             _set(self, "grid", _triple("grid", self.grid, "video tokens"))
+        _choice("history", self.history, HISTORY)
         if isinstance(self.timestep, Mapping):
             _reject_unknown("timestep", self.timestep, Timestep)
             _set(self, "timestep", Timestep(**self.timestep))

@@ -9,7 +9,7 @@ A canonical call is a "3d" site when all of these hold:
    or ``attach`` names a grid whose product is its length; or the values of a rotary table prove one.
 
 Of several videos in one sequence (history frames in front of the current ones) the largest is windowed; the others
-are seen by all tokens and see all, as text is.
+are seen by all tokens and see all, as text is, unless options say more (:mod:`fpscompile.passes.history`).
 
 Then legality (:mod:`fpscompile.passes.legality`). Anything else carries a Rejection. Changes nothing in the graph.
 Runs after trace_axes, whose labels it reads.
@@ -26,6 +26,7 @@ from torch import fx
 
 from fpscompile.errors import GridError
 from fpscompile.ir import AttentionSite, Reason, Rejection, Segment, Size, Span
+from fpscompile.passes import history
 from fpscompile.passes.axes import INPUT, Atom, Axis, Cat, Slice, axis_size, cut, describe, same
 from fpscompile.passes.base import GraphState, fake_tensor, shape_of, target_name
 from fpscompile.passes.canonical import COVERED, is_canonical
@@ -47,6 +48,7 @@ class FindSites:
         state.sites = settle_others(state.sites)
         state.sites += _subgraph_sites(state)
         _check_option_grid(state)
+        history.check(state)
         return False
 
 
@@ -113,8 +115,9 @@ def classify(state: GraphState, node: fx.Node, shape: tuple[Size, Size, Size, Si
     grids = [(run, proven(state, run)) for run in shared]
     videos = [(run, grid) for run, grid in grids if isinstance(grid, tuple)]
     if videos:
-        site = _video_site(state, site, *_largest(state, node, videos), "graph", q_runs, k_runs)
-        return replace(site, rejection=_published_otherwise(state, site))
+        chosen = history.choose(state, videos, q_runs, k_runs)
+        site = _video_site(state, site, chosen.run, chosen.grid, "graph", chosen.q_runs, chosen.k_runs)
+        return replace(site, history=chosen.history, rejection=_published_otherwise(state, site))
     disorder = next((grid for _, grid in grids if isinstance(grid, Rejection)), None)
     if disorder is not None:
         return replace(site, kind="3d", rejection=replace(disorder, node=node))
@@ -176,21 +179,6 @@ def _three(run: Axis, start: Size, size: Size) -> tuple[Axis, ...]:
     rest = Size(total.expr - end.expr, total.hint - end.hint)
     pieces = ((ZERO, start), (start, size), (end, rest))
     return tuple(cut(run, first, length) for first, length in pieces if length.hint > 0)
-
-
-def _largest(
-    state: GraphState, node: fx.Node, videos: list[tuple[Axis, tuple[Size, Size, Size]]]
-) -> tuple[Axis, tuple[Size, Size, Size]]:
-    """The video to be windowed: the one with most tokens; of equals the last, for history comes first."""
-    chosen = max(reversed(videos), key=lambda video: axis_size(video[0]).hint)
-    if len(videos) > 1:
-        sizes = "x".join(str(size.hint) for size in chosen[1])
-        state.note(
-            "info",
-            "several-videos",
-            f"{len(videos)} videos share a sequence: the largest, {sizes}, is windowed; the others are seen by all",
-        )
-    return chosen
 
 
 def _in_pieces(site: AttentionSite, q_runs: tuple[Axis, ...], k_runs: tuple[Axis, ...]) -> AttentionSite | None:

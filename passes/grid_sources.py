@@ -2,7 +2,8 @@
 
 1. The run is the product of three axes of one input, such as a 5-D latent: those, in row-major order.
 2. The run is opaque (tokens arrive packed), but a tensor that it met element by element is a product of three: axes
-   of one input, or three counted ones (``meshgrid`` of ``arange``). Their order is taken for (t, h, w).
+   of one input, or three counted ones (``meshgrid`` of ``arange``) that the call's sizes prove to be t, h and w in this
+   order (:mod:`fpscompile.passes.counted_axes`).
 3. A table that it met has values that prove a grid (:mod:`fpscompile.rotary_grid`). The part of the graph that makes
    the table is evaluated once on the call's own inputs; at run time the compiled graph reads its table anew.
 """
@@ -20,6 +21,7 @@ from torch import fx
 from torch.utils._python_dispatch import _disable_current_modes
 
 from fpscompile.ir import Reason, Rejection, Size
+from fpscompile.passes import counted_axes
 from fpscompile.passes.axes import INPUT, Atom, Axis, Slice, axis_size, describe, joined, root
 from fpscompile.passes.base import GraphState, fake_tensor, fake_value, shape_of, target_name
 from fpscompile.passes.trace_axes import Meeting, is_parameter
@@ -71,17 +73,24 @@ def grid_of(axis: Axis) -> Grid | Rejection | None:
 
 def proven(state: GraphState, run: Axis) -> Grid | Rejection | None:
     """The grid that the graph shows for a run: its own, or that of what an opaque run met. Disagreement is none."""
-    own = grid_of(run)
+    own = _ordered(state, run)
     if own is not None or not opaque(run):
         return own
     found: list[Grid] = []
     for meeting in state.meetings.get(run, ()):
-        other = grid_of(meeting.axis)
+        other = _ordered(state, meeting.axis)
         if isinstance(other, Rejection):
             return other
         if other is not None and not any(_alike(other, grid) for grid in found):
             found.append(other)
     return found[0] if len(found) == 1 else None
+
+
+def _ordered(state: GraphState, axis: Axis) -> Grid | Rejection | None:
+    """:func:`grid_of`, where counted axes are known to be in order."""
+    grid = grid_of(axis)
+    lead = root(axis[:1]) if isinstance(grid, tuple) else None
+    return counted_axes.in_order(state, grid) if lead is not None and lead.role == "counted" else grid  # type: ignore[arg-type]
 
 
 def _alike(left: Grid, right: Grid) -> bool:

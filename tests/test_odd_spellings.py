@@ -325,6 +325,46 @@ class Counted(Video):
         return self.attend(*self.heads(x + (places * torch.linspace(0.1, 1, WIDTH)).cos()))
 
 
+class CountedSizes(Video):
+    """The same for any size, with sizes in the call that say which axis is which."""
+
+    def forward(self, x: torch.Tensor, sizes: tuple[int, int, int], frames: int, rows: int, columns: int) -> Any:  # type: ignore[override]
+        axes = torch.meshgrid(*(torch.arange(size).float() for size in sizes), indexing="ij")
+        places = torch.stack([axis.flatten() for axis in axes], -1).sum(-1, keepdim=True)
+        return self.attend(*self.heads(x + (places * torch.linspace(0.1, 1, WIDTH)).cos()))
+
+
+@pytest.mark.parametrize(
+    ("order", "patch", "code"),
+    [((0, 1, 2), 1, None), ((0, 1, 2), 2, None), ((1, 2, 0), 1, "token-order"), ((0, 2, 1), 2, "token-order")],
+)
+@pytest.mark.parametrize("dynamic", [None, True])
+def test_sizes_of_the_call_say_which_counted_axis_is_which(
+    order: tuple[int, ...], patch: int, code: str | None, dynamic: bool | None
+) -> None:
+    """``patch``: rows and columns of the call are those ahead of the patches."""
+    model, x, (t, h, w) = CountedSizes().eval(), torch.randn(2, LENGTH, WIDTH), GRID
+    inputs = (x, tuple(GRID[axis] for axis in order), t, h * patch, w * patch)
+    fps = Backend(Settings.from_options(OPTIONS))
+    with torch.no_grad():
+        expected = model(*inputs)
+        actual = torch.compile(model, backend=fps, dynamic=dynamic)(*inputs)
+    (site,) = fps.graphs[0].sites
+    assert (site.kind, site.reason_code) == ("3d", code)
+    assert (site.grid == GRID) == (code is None)
+    assert torch.equal(actual, expected) == (code is not None)
+
+
+def test_counted_axes_that_nothing_names_prove_no_grid() -> None:
+    with torch.no_grad():
+        model, x = Counted().eval(), torch.randn(2, LENGTH, WIDTH)
+        actual, fps = compiled(model, x)
+        assert torch.equal(actual, model(x))
+    (site,) = fps.graphs[0].sites
+    assert site.reason_code == "no-grid"
+    assert "fpscompile.attach(model)" in str(site.reason)
+
+
 @pytest.mark.parametrize(("grid", "code"), [((4, 5, 3), None), (GRID, "grid-mismatch")])
 def test_counted_axes_must_agree_with_a_published_grid(grid: Any, code: str | None) -> None:
     with torch.no_grad():

@@ -54,6 +54,7 @@ def test_every_option_is_a_documented_field() -> None:
         ({"inner": "fps"}, "from itself"),
         ({"inner_options": "fast"}, "must be a dict"),
         ({"grid": (3, 6)}, "three integers"),
+        ({"history": "hidden"}, "choose one of 'global', 'windowed'"),
         ({"timestep": {"inputs": "t"}}, "did you mean 'input'"),
         ({"timestep": {"start": 0.0, "end": 0.0}}, "both"),
         ({"timestep": {"shift": 0}}, "positive"),
