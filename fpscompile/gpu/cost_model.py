@@ -26,7 +26,8 @@ from dataclasses import dataclass, replace
 
 from fpscompile.errors import UnsupportedError
 from fpscompile.gpu import offline
-from fpscompile.gpu.binary import BinaryError, BinaryReport
+from fpscompile.gpu.binary import BinaryReport
+from fpscompile.gpu.compilation import BinaryError
 from fpscompile.gpu.config import KernelConfig, candidates, padded, rows_of
 from fpscompile.kernel_spec import KernelSpec
 

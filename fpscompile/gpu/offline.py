@@ -16,6 +16,7 @@ import torch
 
 from fpscompile.errors import UnsupportedError
 from fpscompile.gpu import binary, gradients, operands, render
+from fpscompile.gpu.compilation import Artifacts, compile_artifacts
 from fpscompile.gpu.config import KernelConfig, padded
 from fpscompile.gpu.tables import Tables, tables_of
 from fpscompile.kernel_spec import KernelSpec
@@ -35,14 +36,14 @@ def compile_forward(spec: KernelSpec, config: KernelConfig, *, allow_flaws: bool
     return binary.inspect_artifacts(forward_artifacts(spec, config), allow_flaws=allow_flaws)
 
 
-def forward_artifacts(spec: KernelSpec, config: KernelConfig) -> binary.Artifacts:
+def forward_artifacts(spec: KernelSpec, config: KernelConfig) -> Artifacts:
     """All stages of the attention kernel's compilation."""
     if config.variant == "hopper":
         return _hopper_artifacts(spec, config)
     module = render.load("attention", spec, config)
     options = {"num_warps": config.num_warps, "num_stages": config.num_stages}
     kernel = module.attention_forward
-    return binary.compile_artifacts(kernel, arguments(kernel, spec, module), options, target=spec.target)
+    return compile_artifacts(kernel, arguments(kernel, spec, module), options, target=spec.target)
 
 
 class _Recorder:
@@ -58,7 +59,7 @@ class _Recorder:
         self.args, self.options = args, options
 
 
-def gradient_artifacts(spec: KernelSpec, config: gradients.GradientConfig | None = None) -> dict[str, binary.Artifacts]:
+def gradient_artifacts(spec: KernelSpec, config: gradients.GradientConfig | None = None) -> dict[str, Artifacts]:
     """The kernels of the backward by name: "query_gradients", "key_gradients" and, with FP8, "pack_gradients"."""
     resolved, tables = _problem(spec)
     batch, heads, key_heads = 1, HEADS, HEADS // spec.gqa_group
@@ -84,15 +85,15 @@ def gradient_artifacts(spec: KernelSpec, config: gradients.GradientConfig | None
         out, q, k, v, out, lse, dq, dk, dv, packed, bias, torch.zeros(1, dtype=torch.int32), resolved, tables, spec,
         config or gradients.default_config(spec), spec.head_dim**-0.5,
     )  # fmt: skip
-    found: dict[str, binary.Artifacts] = {}
+    found: dict[str, Artifacts] = {}
     for launch in launches:
         name = launch.kernel.__name__
         if name not in found:  # the pairs come some at a time, and all times are alike
-            found[name] = binary.compile_artifacts(launch.kernel, launch.args, launch.options, target=spec.target)
+            found[name] = compile_artifacts(launch.kernel, launch.args, launch.options, target=spec.target)
     return found
 
 
-def prepass_artifacts(spec: KernelSpec) -> dict[str, binary.Artifacts]:
+def prepass_artifacts(spec: KernelSpec) -> dict[str, Artifacts]:
     """The kernels of the FP8 pre-pass by name; ``quantize_tiles`` as it is launched for K."""
     _, tables = _problem(spec)
     module = render.load("quantize", spec)
@@ -108,7 +109,7 @@ def prepass_artifacts(spec: KernelSpec) -> dict[str, binary.Artifacts]:
     )
     _pack(spec, q, k, v, _mask(spec), tables, stand_in)
     return {
-        name: binary.compile_artifacts(getattr(module, name), recorder.args, recorder.options, target=spec.target)
+        name: compile_artifacts(getattr(module, name), recorder.args, recorder.options, target=spec.target)
         for name, recorder in recorders.items()
         if recorder.args
     }
@@ -155,7 +156,7 @@ def _silent(value: Any) -> Any:
     return _Recorder() if hasattr(value, "arg_names") else value
 
 
-def _hopper_artifacts(spec: KernelSpec, config: KernelConfig) -> binary.Artifacts:
+def _hopper_artifacts(spec: KernelSpec, config: KernelConfig) -> Artifacts:
     """Compile what the template's own ``launch`` would, on tensors without storage."""
     module = render.load("attention_hopper", spec, config)
     heads, key_heads, slots = HEADS, HEADS // spec.gqa_group, spec.tile_slots
@@ -203,7 +204,7 @@ def _hopper_artifacts(spec: KernelSpec, config: KernelConfig) -> binary.Artifact
         consumers=-(-config.block_m // 64),
         stages=config.num_stages or None,
     )
-    return binary.compile_artifacts(module.attention_forward, recorder.args, recorder.options, target=spec.target)
+    return compile_artifacts(module.attention_forward, recorder.args, recorder.options, target=spec.target)
 
 
 def arguments(kernel: Any, spec: KernelSpec, module: ModuleType) -> list[Any]:

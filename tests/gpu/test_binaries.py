@@ -19,6 +19,7 @@ pytest.importorskip("triton")
 from binary_facts import COUNTS, check_golden, check_products, narrow_products, summary
 
 from fpscompile.gpu import binary, offline
+from fpscompile.gpu.compilation import Artifacts
 from fpscompile.gpu.config import KernelConfig, default_config, shared_limit
 from fpscompile.kernel_spec import KernelSpec
 
@@ -31,7 +32,7 @@ def spec_of(target: str, quant: str = "fp8", dim: int = 128, tile=(4, 8, 8), **f
 
 
 @functools.lru_cache(maxsize=64)
-def artifacts_of(spec: KernelSpec, config: KernelConfig) -> binary.Artifacts:
+def artifacts_of(spec: KernelSpec, config: KernelConfig) -> Artifacts:
     return offline.forward_artifacts(spec, config)
 
 

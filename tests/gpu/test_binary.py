@@ -15,7 +15,7 @@ triton = pytest.importorskip("triton")
 import triton.language as tl  # noqa: E402
 
 from fpscompile.errors import UnsupportedError  # noqa: E402
-from fpscompile.gpu import assembly, binary  # noqa: E402
+from fpscompile.gpu import assembly, binary, compilation  # noqa: E402
 
 
 @triton.jit
@@ -113,7 +113,7 @@ def test_counts_follow_the_work() -> None:
 
 
 def test_registers_are_those_of_tritons_own_binary(tmp_path: Path) -> None:
-    artifacts = binary.compile_artifacts(
+    artifacts = compilation.compile_artifacts(
         product_kernel,
         (*[meta(torch.float8_e4m3fn)] * 2, meta(torch.float32), 77, 64, 128, 1),
         {"num_warps": 4},
@@ -140,7 +140,7 @@ def test_innermost_loops_with_products() -> None:
 
 
 def test_errors_name_the_kernel() -> None:
-    with pytest.raises(binary.BinaryError, match="broken_kernel does not compile for cuda:90"):
+    with pytest.raises(compilation.BinaryError, match="broken_kernel does not compile for cuda:90"):
         binary.compile_kernel(broken_kernel, (meta(torch.float32),), target="cuda:90")
     with pytest.raises(UnsupportedError, match="target 'cpu' is not a GPU"):
         binary.compile_kernel(broken_kernel, (meta(torch.float32),), target="cpu")
@@ -150,13 +150,13 @@ def test_serialized_products_are_an_error(monkeypatch: pytest.MonkeyPatch) -> No
     line = "ptxas info    : (C7510) Potential Performance Loss: wgmma.mma_async instructions are serialized"
     original = binary._ptxas_log
     monkeypatch.setattr(binary, "_ptxas_log", lambda ptx, target: f"{line} in 'f'\n{original(ptx, target)}")
-    with pytest.raises(binary.BinaryError, match="C7510"):
+    with pytest.raises(compilation.BinaryError, match="C7510"):
         product("cuda:90", torch.float8_e4m3fn)
 
 
 def test_a_kernel_without_products_has_no_main_loop() -> None:
     report = dataclasses.replace(product("cuda:90", torch.float8_e4m3fn), loops=())
-    with pytest.raises(binary.BinaryError, match="no loop with matrix instructions"):
+    with pytest.raises(compilation.BinaryError, match="no loop with matrix instructions"):
         _ = report.main_loop
 
 

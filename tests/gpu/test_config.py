@@ -9,6 +9,7 @@ import pytest
 pytest.importorskip("triton")
 
 from fpscompile.gpu import offline
+from fpscompile.gpu.compilation import TARGETS
 from fpscompile.gpu.config import (
     KernelConfig,
     candidates,
@@ -19,8 +20,6 @@ from fpscompile.gpu.config import (
     why_invalid,
 )
 from fpscompile.kernel_spec import KernelSpec
-
-TARGETS = ("cuda:80", "cuda:89", "cuda:90", "cuda:100", "cuda:120", "hip:gfx942", "hip:gfx950")
 
 
 def spec_of(target="cuda:90", quant="fp8", dim=128, tile=(4, 8, 8), **fields) -> KernelSpec:

@@ -12,6 +12,7 @@ import pytest
 pytest.importorskip("triton")
 
 from fpscompile.gpu import binary, descriptors, offline
+from fpscompile.gpu.compilation import Artifacts, BinaryError
 from fpscompile.gpu.config import default_config
 from fpscompile.kernel_spec import KernelSpec
 
@@ -22,12 +23,12 @@ def _nothing_checked(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture(scope="module")
-def artifacts() -> binary.Artifacts:
+def artifacts() -> Artifacts:
     spec = KernelSpec("cuda:90", "bfloat16", 64, 64, (4, 4, 4), "fp8", gqa_group=1)
     return offline.forward_artifacts(spec, default_config(spec))
 
 
-def launched(folder: Path, artifacts: binary.Artifacts, hash_: str = "0f", arch: int = 90):
+def launched(folder: Path, artifacts: Artifacts, hash_: str = "0f", arch: int = 90):
     """A kernel as Triton's cache hands it to a launch: the real class, made from files."""
     from triton.compiler.compiler import CompiledKernel
 
@@ -73,9 +74,7 @@ def test_a_damaged_kernel_is_refused_at_every_launch(tmp_path, artifacts, monkey
     original, found_by = descriptors._wanted, descriptors.findings
     monkeypatch.setattr(descriptors, "findings", findings)
     for _ in range(2):
-        with pytest.raises(
-            binary.BinaryError, match=f"ptxas damaged the kernel {artifacts.kernel}.*choose another tile"
-        ):
+        with pytest.raises(BinaryError, match=f"ptxas damaged the kernel {artifacts.kernel}.*choose another tile"):
             binary.refuse_damaged(kernel)
     assert len(looks) == 1
 
@@ -137,6 +136,6 @@ def test_missing_and_hanging_tools_are_warnings(tmp_path, artifacts, monkeypatch
 
 def test_a_report_does_not_hide_a_failing_tool(artifacts, monkeypatch):
     """Offline, where nothing runs, an unreadable binary stays an error."""
-    monkeypatch.setattr(binary, "_disassemble", lambda cubin: (_ for _ in ()).throw(binary.BinaryError("gone")))
-    with pytest.raises(binary.BinaryError, match="gone"):
+    monkeypatch.setattr(binary, "_disassemble", lambda cubin: (_ for _ in ()).throw(BinaryError("gone")))
+    with pytest.raises(BinaryError, match="gone"):
         binary.inspect_artifacts(artifacts)

@@ -14,10 +14,10 @@ pytest.importorskip("triton")
 from binary_facts import check_golden, check_products, summary
 
 from fpscompile.gpu import binary, gradients, offline
+from fpscompile.gpu.compilation import TARGETS, Artifacts
 from fpscompile.gpu.config import KernelConfig, default_config, shared_limit, why_invalid
 from fpscompile.kernel_spec import KernelSpec
 
-TARGETS = ("cuda:80", "cuda:89", "cuda:90", "cuda:100", "cuda:120", "hip:gfx942", "hip:gfx950")
 KINDS = {
     "tile": {},
     "subtile": {"granularities": ("subtile", "tile")},
@@ -32,7 +32,7 @@ def spec_of(target: str, quant: str, dim: int = 128, tile=(4, 8, 8), **fields) -
 
 
 @functools.lru_cache(maxsize=64)
-def gradients_of(spec: KernelSpec) -> dict[str, binary.Artifacts]:
+def gradients_of(spec: KernelSpec) -> dict[str, Artifacts]:
     return offline.gradient_artifacts(spec)
 
 
