@@ -562,16 +562,20 @@ def attention_forward(
     k_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     v_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     free = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    turn = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
+    if PINGPONG:
+        turn = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
+        for i in gl.static_range(2):
+            mbarrier.init(turn.index(i), count=1)
+        mbarrier.arrive(turn.index(0), count=1)  # consumer 0 goes first
+    else:
+        # Nobody would wait at them, so the compiler would put what the roles are handed over in their place, which a
+        # late set-up of the barriers could overwrite.
+        turn = free
     mbarrier.init(q_full, count=1)
     for i in gl.static_range(STAGES):
         mbarrier.init(k_full.index(i), count=1)
         mbarrier.init(v_full.index(i), count=1)
         mbarrier.init(free.index(i), count=CONSUMERS)
-    for i in gl.static_range(2):
-        mbarrier.init(turn.index(i), count=1)
-    if PINGPONG:
-        mbarrier.arrive(turn.index(0), count=1)  # consumer 0 goes first
     fence_async_shared()  # TMA must see the barriers as they have just been set up
 
     k_scale += k_head.to(gl.int64) * k_tiles * RUNS
@@ -782,6 +786,7 @@ def launch(
     reason = (
         why_not_slots(slots, block_n)
         or _why_not_operands(packed, tables, out, block_n)
+        or _misfit(packed, tables, q_blocks, out, lse, bias)
         or _why_not_program(slots, max(dp, dvp), consumers, stages, pingpong)
     )
     if reason is not None:
@@ -828,6 +833,45 @@ def _why_not_operands(packed: Any, tables: Any, out: torch.Tensor, block_n: int)
         return "more than 2^31 rows: beyond a TMA coordinate"
     if out.stride(-1) != 1:
         return "the output's last axis is not contiguous"
+    return None
+
+
+def _misfit(
+    packed: Any, tables: Any, q_blocks: torch.Tensor, out: torch.Tensor, lse: torch.Tensor, bias: Any
+) -> str | None:
+    """A tensor that the kernel would read or write beyond its end, or None."""
+    batch, heads, q_slots, dp = packed.q.shape
+    key_heads, dvp, k_slots = packed.v.shape[1:]
+    keys, length = tables.keys, out.shape[1]
+    q_tiles, k_tiles, runs = q_slots // tables.slots, k_slots // tables.slots, packed.q_scale.shape[-1]
+    units = k_slots // tables.unit
+    wanted = {
+        "packed.k": (packed.k, (batch, key_heads, k_slots, dp)),
+        "packed.q_scale": (packed.q_scale, (batch, heads, q_tiles, runs)),
+        "packed.k_scale": (packed.k_scale, (batch, key_heads, k_tiles, runs)),
+        "packed.v_scale": (packed.v_scale, (batch, key_heads, dvp)),
+        "packed.v_mean": (packed.v_mean, (batch, key_heads, dvp)),
+        "packed.lse_shift": (packed.lse_shift, (batch, heads, q_slots)),
+        "tables.q_token": (tables.q_token, (q_slots,)),
+        "tables.keys.count": (keys.count, (*keys.count.shape[:2], q_tiles)),
+        "tables.keys.index": (keys.index, (*keys.count.shape, keys.index.shape[-1])),
+        "tables.keys.valid": (keys.valid, (units,)),
+        "q_blocks": (q_blocks, (q_blocks.shape[0], 3)),
+        "out": (out, (batch, length, heads, out.shape[-1])),
+        "lse": (lse, (batch, heads, length)),
+    }
+    if bias is not None:
+        wanted["bias.bias"] = (bias.bias, (*bias.bias.shape[:2], k_slots))
+        wanted["bias.state"] = (bias.state, (*bias.state.shape[:2], units))
+    for name, (x, shape) in wanted.items():
+        if x is not None and (tuple(x.shape) != shape or (x is not out and not x.is_contiguous())):
+            return f"{name} has shape {list(x.shape)} and strides {list(x.stride())}, not {list(shape)}, contiguous"
+    if q_slots % tables.slots or k_slots % tables.slots:
+        return f"{q_slots} and {k_slots} slots are not whole tiles of {tables.slots}"
+    if out.shape[-1] > dvp:
+        return f"{out.shape[-1]} features of the output, and V has {dvp}"
+    if keys.count.shape[1] not in (1, heads):
+        return f"lists of units for {keys.count.shape[1]} heads, not 1 or {heads}"
     return None
 
 

@@ -27,8 +27,8 @@ def probe() -> ModuleType:
     return module
 
 
-@pytest.mark.parametrize("name", ["base", "bias of heads", "D=80, DV=36", "tiles of 64, subtile"])
-def test_small_cases_can_be_launched(probe: ModuleType, name: str) -> None:
+def launches(probe: ModuleType, case: Any) -> list[tuple[Any, ...]]:
+    """(grid, arguments, options) of every launch that the kernel's host code asks for."""
     kernel, launched = probe.load_kernel(), []
 
     class Recorder:
@@ -37,14 +37,58 @@ def test_small_cases_can_be_launched(probe: ModuleType, name: str) -> None:
 
     launch = FunctionType(kernel.launch.__code__, {**vars(kernel), "attention_forward": Recorder()})
     launch.__kwdefaults__ = kernel.launch.__kwdefaults__
-    case = probe.small_case(**probe.SMALL[name])
     out, lse = case.outputs()
-    case.launch(type("Kernel", (), {"launch": staticmethod(launch)}), out, lse, {})
-    [(grid, args, options)] = launched
-    positional = [p for p in kernel.attention_forward.arg_names if p not in options]
-    assert len(args) == len(positional)
-    assert grid[0] >= len(case.q_blocks)
     assert torch.isnan(out).all()  # poisoned: what no program writes is seen
+    case.launch(type("Kernel", (), {"launch": staticmethod(launch)}), out, lse, {})
+    return launched
+
+
+@pytest.mark.parametrize("name", ["base", "bias of heads", "D=80, DV=36", "tiles of 64, subtile"])
+def test_small_cases_can_be_launched(probe: ModuleType, name: str) -> None:
+    case = probe.small_case(**probe.SMALL[name])
+    [(grid, args, options)] = launches(probe, case)
+    names = probe.load_kernel().attention_forward.arg_names
+    assert len(args) == len([p for p in names if p not in options])
+    assert grid[0] >= len(case.q_blocks)
+
+
+@pytest.mark.parametrize("tile", [(7, 9, 4), (4, 8, 8), (4, 4, 4)])
+def test_what_the_lists_name_exists(probe: ModuleType, tile: tuple[int, int, int]) -> None:
+    """No entry that the kernel may follow leads out of a tensor: a list reaches `count` entries, a block its rows."""
+    case = probe.video_case((7, 18, 16), (1, 2, 3), heads=1, tile=tile)
+    keys, tables, slots = case.tables.keys, case.tables, case.packed.q.shape[2]
+    assert int(keys.count.max()) <= keys.index.shape[-1]
+    assert 0 <= int(keys.index.min()) <= int(keys.index.max()) < keys.valid.numel()
+    q_tile, first, rows = case.q_blocks.unbind(1)
+    assert (q_tile == first // tables.slots).all()
+    assert ((first + rows) <= (q_tile + 1) * tables.slots).all()
+    assert int((first + rows).max()) <= slots
+    held = torch.cat([tables.q_token[f : f + r] for f, r in zip(first.tolist(), rows.tolist(), strict=True)])
+    assert held.sort().values.tolist() == list(range(case.length))  # every token once
+
+
+@pytest.mark.parametrize(
+    ("where", "wrong"),
+    [
+        ("packed.lse_shift", lambda x: x[..., :-1].contiguous()),
+        ("packed.k_scale", lambda x: x[:, :, :-1].contiguous()),
+        ("packed.v_scale", lambda x: x[..., :-1].contiguous()),
+        ("tables.keys.valid", lambda x: x[:-1]),
+        ("tables.keys.index", lambda x: x.mT.contiguous().mT),
+        ("tables.q_token", lambda x: x[:-1]),
+        ("q_blocks", lambda x: x[:, :2].contiguous()),
+        ("bias.state", lambda x: x[..., :-1].contiguous()),
+    ],
+)
+def test_what_would_be_read_beyond_its_end_is_refused(probe: ModuleType, where: str, wrong: Any) -> None:
+    case = probe.small_case(**probe.SMALL["bias"])
+    *path, name = where.split(".")
+    owner = case
+    for part in path:
+        owner = getattr(owner, part)
+    setattr(owner, name, wrong(getattr(owner, name)))
+    with pytest.raises(ValueError, match=f"{where} has shape"):
+        launches(probe, case)
 
 
 def test_tiles_that_are_no_multiple_of_a_block_are_padded(probe: ModuleType) -> None:
