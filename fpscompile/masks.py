@@ -139,8 +139,20 @@ def _axis_pairs(sizes: tuple[int, ...], width: int) -> int:
     )
 
 
+def apart(window: Window, counts: Window) -> list[int]:
+    """The axes along which no query tile sees another tile, though there are several: attention never crosses them.
+
+    >>> apart((6, 6, 1), (6, 6, 10))
+    [2]
+    """
+    return [axis for axis, (width, count) in enumerate(zip(window, counts, strict=True)) if width == 1 < count]
+
+
 def window_for_density(q_layout: TileLayout, k_layout: TileLayout, density: float, *, clamp: bool = False) -> Window:
     """The window of largest density not above ``density``; of equals, the one most alike in all axes.
+
+    A window of one tile along an axis that has several lets no layer attend across that axis: strips of the video would
+    never learn of one another. Such windows are taken only where no other fits.
 
     Args:
         clamp: take the smallest window when even that is above ``density``, instead of raising.
@@ -156,7 +168,7 @@ def window_for_density(q_layout: TileLayout, k_layout: TileLayout, density: floa
     ]
     feasible = [candidate for candidate in candidates if candidate[0] <= density + 1e-12]
     if feasible:
-        return max(feasible)[2]
+        return max([c for c in feasible if not apart(c[2], counts)] or feasible)[2]
     floor, _, smallest = min(candidates)
     if clamp:
         return smallest

@@ -16,6 +16,7 @@ from fpscompile.gpu.call import has_fp8_tensor_cores
 from fpscompile.ir import AttentionSite
 from fpscompile.kernel_spec import tile_slots
 from fpscompile.lowerings import cpp, triton
+from fpscompile.masks import apart
 from fpscompile.overrides import stacked
 from fpscompile.passes.base import GraphState, fake_tensor, size_of
 from fpscompile.passes.layers import place
@@ -38,7 +39,9 @@ class PlanSites:
             if site.kind not in state.settings.attention_kinds or site.rejection is not None:
                 continue
             plan = tuned_plan(site, plan_for(site, state), state)
-            _note_clamps(state, plan, resolved_plan(site, plan))
+            resolved = resolved_plan(site, plan)
+            _note_clamps(state, plan, resolved)
+            _note_apart(state, plan, resolved)
             state.plans[site.node] = plan
         return False
 
@@ -162,4 +165,18 @@ def _note_clamps(state: GraphState, plan: Plan, resolved: ResolvedPlan) -> None:
                 "density-floor",
                 f"grid {resolved.q_layout.grid} with tile {plan.tile} has no window of density "
                 f"{asked:.2f}; its sparsest, {density:.3f}, is used",
+            )
+
+
+def _note_apart(state: GraphState, plan: Plan, resolved: ResolvedPlan) -> None:
+    """For windows that were picked for a density: whoever gives a window may want this."""
+    for phase, window in zip(plan.phases, resolved.windows, strict=True):
+        if phase.window is None and isinstance(window, tuple) and (axes := apart(window, resolved.q_layout.counts)):
+            names = " and ".join("thw"[axis] for axis in axes)
+            state.note(
+                "info",
+                "window-apart",
+                f"the window of density {phase.density:.2f} on grid {resolved.q_layout.grid} with tile {plan.tile}, "
+                f"{window} tiles, never looks across {names}, so parts of the video that lie side by side there can "
+                "come out unlike one another: take a smaller tile or a higher density",
             )

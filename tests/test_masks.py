@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from fpscompile.errors import WindowError
 from fpscompile.masks import (
     BlockMask,
+    apart,
     axis_window,
     expand_mask,
     mask_density,
@@ -114,13 +115,24 @@ def test_window_for_density_is_the_largest_feasible(grid, tile, after, density) 
         assert every[window_for_density(layout, layout, density, clamp=True)] == floor
         return
     chosen = window_for_density(layout, layout, density)
-    assert every[chosen] <= density + 1e-12
-    assert all(d <= every[chosen] + 1e-12 for d in every.values() if d <= density)
+    fits = {w: d for w, d in every.items() if d <= density + 1e-12}
+    across = {
+        w: d for w, d in fits.items() if all(size > 1 or n == 1 for size, n in zip(w, layout.counts, strict=True))
+    }
+    assert chosen in (across or fits)
+    assert every[chosen] == max((across or fits).values())
 
 
 def test_window_for_density_prefers_alike_axes() -> None:
     layout = TileLayout((4, 4, 4), (1, 1, 1))
     assert window_for_density(layout, layout, 0.125) == (2, 2, 2)
+
+
+def test_window_for_density_looks_across_every_axis_where_one_fits() -> None:
+    layout = TileLayout((6, 6, 10), (1, 1, 1))
+    assert window_density(layout, layout, (6, 6, 1)) == pytest.approx(0.1)
+    assert min(window_for_density(layout, layout, 0.1)) == 2
+    assert apart(window_for_density(layout, layout, 0.01), layout.counts)  # nothing that looks across fits
 
 
 def test_full_density_gives_the_full_window() -> None:
