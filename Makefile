@@ -79,6 +79,7 @@ bench: $(READY)
 	$(BIN)/python benchmarks/autotune_cpu.py --json benchmarks/results/autotune_cpu.json
 	$(BIN)/python benchmarks/calibrate_cpu.py --json benchmarks/results/calibrate_cpu.json
 	$(BIN)/python benchmarks/model_cpu.py
+	$(BIN)/python benchmarks/training_cpu.py
 	$(BIN)/python benchmarks/compile_time.py
 	$(BIN)/python benchmarks/readme_figures.py
 

@@ -137,6 +137,20 @@ def model(report: dict[str, Any]) -> list[Row]:
     return out
 
 
+def training(report: dict[str, Any]) -> list[Row]:
+    """A training step of one block's attention against Inductor."""
+    names = {"attention": "attention", "module": "an attention module with its projections"}
+    out = []
+    for row in report["rows"]:
+        what = (
+            f"forward + backward of {names[row['what']]}, {row['heads']} heads x 64, {row['tokens']:,} tokens, "
+            f'{row["dtype"]}, density {row["density"]:.3f}, `{row["lowering"]}`, against `backend="inductor"`'
+        )
+        figure = f"{row['ratio']:.1f}x ({row['inductor_s']:.1f} s to {row['fps_s']:.1f} s)"
+        out.append((what, figure, f">= {report['summary']['target']:g}x"))
+    return out
+
+
 def compile_time(report: dict[str, Any]) -> list[Row]:
     """What the passes cost."""
     summary = report["summary"]
@@ -198,6 +212,7 @@ SECTIONS = {
     "autotune_cpu": tuning,
     "calibrate_cpu": calibration,
     "model_cpu": model,
+    "training_cpu": training,
     "compile_time": compile_time,
 }
 

@@ -56,6 +56,18 @@ def test_model(tmp_path: Path, figures: ModuleType) -> None:
 
 
 @pytest.mark.slow
+def test_training(tmp_path: Path, figures: ModuleType) -> None:
+    report = script("training_cpu", "--quick", "--rounds", "3", "--json", tmp_path / "training_cpu.json")
+    assert [(row["what"], row["dtype"]) for row in report["rows"]] == [
+        (what, dtype) for dtype in ("float32", "bfloat16") for what in ("attention", "module")
+    ]
+    for row in report["rows"]:
+        assert row["difference_at_density_1"] <= (1e-5 if row["dtype"] == "float32" else 2e-2)
+        assert row["density"] <= 0.3
+    assert "forward + backward" in figures.block(tmp_path)
+
+
+@pytest.mark.slow
 def test_compile_time(tmp_path: Path, figures: ModuleType) -> None:
     report = script("compile_time", "--quick", "--json", tmp_path / "compile_time.json")
     rewritten = [row["rewritten"] for row in report["rows"] if row["job"] == "passes"]
