@@ -7,7 +7,9 @@ called, so nothing needs to be counted and both halves of a two-call classifier-
 from __future__ import annotations
 
 import functools
+import logging
 import math
+import sys
 import threading
 from collections.abc import Callable
 from types import TracebackType
@@ -20,6 +22,8 @@ from torch._dynamo.eval_frame import OptimizedModule
 from fpscompile import runtime
 from fpscompile.errors import GridError, OptionError
 from fpscompile.grid_of_call import GridReader
+
+logger = logging.getLogger(__name__)
 
 GridFunction = Callable[[tuple[Any, ...], dict[str, Any]], "tuple[int, int, int] | None"]
 
@@ -79,6 +83,7 @@ class Attachment:
         self.models = models
         self.scheduler = scheduler
         self.busy = runtime.Busy(" and ".join(models))
+        self.met: bool | None = None
         self._manual: float | None = None
         self._undo: list[Callable[[], None]] = []
         self._steps = _StepCounter.of(scheduler)
@@ -86,7 +91,7 @@ class Attachment:
             self._undo.append(self._steps.restore)
         for model in models.values():
             reader = grid if callable(grid) else GridReader(_original(model), grid)
-            self._undo += _hook(model, functools.partial(self._open, reader))
+            self._undo += _hook(model, functools.partial(self._open, reader), functools.partial(self._close, model))
             runtime.own(_original(model).named_parameters(), self)
 
     def __enter__(self) -> Attachment:
@@ -101,6 +106,8 @@ class Attachment:
         """Remove every hook. Compiled models go on with the timestep input, or with the densest phase."""
         while self._undo:
             self._undo.pop()()
+        if self.met is False:
+            self._warn(" and ".join(self.models))
         runtime.disown(self)
 
     def step(self, index: int, total: int) -> None:
@@ -134,6 +141,28 @@ class Attachment:
             raise GridError(f"the grid function gave {grid!r}; three sizes >= 1 are needed: video tokens (t, h, w)")
         return runtime.open_call(runtime.Call(self, grid))
 
+    def _close(self, model: nn.Module, token: Any) -> None:
+        runtime.close_call(token)
+        # A call that fails says so itself.
+        if not self.met and sys.exc_info()[0] is None and _is_compiled(model):
+            self._warn(type(_original(model)).__name__)
+
+    def _warn(self, name: str) -> None:
+        """Say once that compiled code came by without attention."""
+        self.met = True
+        logger.warning(
+            "%s is compiled, or parts of it are, but no graph that holds attention ran: nothing is rewritten. "
+            "Something keeps torch.compile out, such as torch.compiler.disable on the hooks of a cache of steps "
+            "(MagCache). Compile what the hooks call: block.forward = torch.compile(block.forward, backend='fps') for "
+            "every block, ahead of enable_cache",
+            name,
+        )
+
+
+def _is_compiled(model: nn.Module) -> bool:
+    """Whether the model or a part of it went through ``torch.compile`` or ``module.compile``."""
+    return isinstance(model, OptimizedModule) or any(part._compiled_call_impl is not None for part in model.modules())
+
 
 class _StepCounter:
     """Step index for schedulers that keep none (DDIM and kin): the place in ``timesteps`` after the last step."""
@@ -164,10 +193,12 @@ class _StepCounter:
             del self.scheduler.step
 
 
-def _hook(model: nn.Module, open_call: Callable[..., Any]) -> list[Callable[[], None]]:
+def _hook(
+    model: nn.Module, open_call: Callable[..., Any], close_call: Callable[[Any], None]
+) -> list[Callable[[], None]]:
     """Open a call before ``model`` runs and close it after, whatever form of compilation it went through."""
     if model._compiled_call_impl is not None:
-        return [_wrap_compiled_call(model, open_call)]
+        return [_wrap_compiled_call(model, open_call, close_call)]
     # One stack per thread: a call that is refused must not close the call that is running.
     local = threading.local()
 
@@ -186,7 +217,7 @@ def _hook(model: nn.Module, open_call: Callable[..., Any]) -> list[Callable[[], 
             return
         token = local.tokens.pop() if getattr(local, "tokens", None) else None
         if token is not None:
-            runtime.close_call(token)
+            close_call(token)
 
     handles = [
         model.register_forward_pre_hook(before, with_kwargs=True),
@@ -195,7 +226,9 @@ def _hook(model: nn.Module, open_call: Callable[..., Any]) -> list[Callable[[], 
     return [handle.remove for handle in handles]
 
 
-def _wrap_compiled_call(model: nn.Module, open_call: Callable[..., Any]) -> Callable[[], None]:
+def _wrap_compiled_call(
+    model: nn.Module, open_call: Callable[..., Any], close_call: Callable[[Any], None]
+) -> Callable[[], None]:
     """For ``model.compile()``: its hooks are traced, so the call itself is wrapped."""
     compiled = model._compiled_call_impl
     assert compiled is not None
@@ -205,7 +238,7 @@ def _wrap_compiled_call(model: nn.Module, open_call: Callable[..., Any]) -> Call
         try:
             return compiled(*args, **kwargs)
         finally:
-            runtime.close_call(token)
+            close_call(token)
 
     model._compiled_call_impl = call
 

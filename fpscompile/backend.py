@@ -76,9 +76,11 @@ class Backend:
         compiled = inner(gm, [*example_inputs, *_examples_of(extra)])
         # Only now: Dynamo may restart its analysis from inside the inner compiler and hand over the graph again.
         self.graphs.append(record)
-        if not extra:
-            return compiled
-        return _with_inputs(compiled, state, [fake_tensor(node).device for node in extra])  # type: ignore[union-attr]
+        if extra:
+            devices = [fake_tensor(node).device for node in extra]  # type: ignore[union-attr]
+            compiled = _with_inputs(compiled, state, devices)
+        attention = bool(record.sites) or any(note.level == "warning" for note in record.notes)
+        return _met(compiled, attention)
 
 
 def rewrite(gm: fx.GraphModule, settings: Settings, *, detail: bool = False) -> tuple[GraphRecord, GraphState]:
@@ -255,6 +257,16 @@ def _with_inputs(compiled: Compiled, state: GraphState, devices: Sequence[torch.
                 LAYERS: lambda device: torch.tensor(variants(args), dtype=torch.int32, device=device),  # type: ignore[misc]
             }
             return compiled(*args, *(values[name](device) for name, device in zip(names, devices, strict=True)))
+
+    return call
+
+
+def _met(compiled: Compiled, attention: bool) -> Compiled:
+    """``compiled``, telling attachments whether attention was found: one that hears of none warns."""
+
+    def call(*args: Any) -> Any:
+        runtime.meet(args, attention)
+        return compiled(*args)
 
     return call
 

@@ -31,6 +31,8 @@ class Publisher(Protocol):
     """What the runtime needs of an attachment."""
 
     busy: Busy
+    met: bool | None
+    """Whether a graph that holds attention has run for it; None where no graph has."""
 
     def progress(self) -> float:
         """Denoising progress of the running call in [0, 1], NaN when unknown."""
@@ -134,6 +136,14 @@ def all_weight_names(publisher: Publisher) -> list[str]:
     """Names of all weights that a publisher owns."""
     with _OWNERS_LOCK:
         return [name for ref, name in _OWNERS.values() if ref() is publisher]
+
+
+def meet(arguments: Sequence[Any], attention: bool) -> None:
+    """A graph runs: whoever is attached to its model learns whether it holds attention, or said why it shows none."""
+    call = _CALL.get()
+    publisher = call.publisher if call is not None else owner_of(arguments)
+    if publisher is not None:
+        publisher.met = publisher.met or attention
 
 
 @contextmanager

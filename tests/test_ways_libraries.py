@@ -92,6 +92,41 @@ def test_caches_of_steps(name: str, phases: list[int]) -> None:
     assert len(phases) < 9  # some step was cached
 
 
+def kept_out(model: nn.Module) -> None:
+    """MagCache keeps torch.compile out of the whole call of every block."""
+    config = {"mag_ratios": [1.0] * 3, "num_inference_steps": 3, "retention_ratio": 0.3, "max_skip_steps": 1}
+    model.enable_cache(hooks.MagCacheConfig(threshold=0.5, **config))  # type: ignore[operator]
+
+
+@pytest.mark.parametrize("how", ["blocks", "whole"])
+def test_a_cache_that_keeps_the_compiler_out_is_named_with_the_remedy(how: str, caplog: Any) -> None:
+    model, fps = wan(layers=2), Backend(Settings.from_options(OPTIONS))
+    kept_out(model)
+    with torch.no_grad(), fpscompile.attach(model), caplog.at_level("WARNING", "fpscompile"):
+        model.compile_repeated_blocks(backend=fps) if how == "blocks" else model.compile(backend=fps)
+        for _ in range(2):
+            with model.cache_context("one"):
+                output(model, **wan_inputs())
+    assert not any(graph.sites for graph in fps.graphs)
+    (message,) = [record.getMessage() for record in caplog.records if record.name == "fpscompile.attach"]
+    assert "torch.compiler.disable" in message
+    assert "block.forward = torch.compile(block.forward" in message
+
+
+def test_the_remedy_for_such_a_cache(phases: list[int]) -> None:
+    fps = Backend(Settings.from_options(OPTIONS))
+
+    def compiled(model: nn.Module) -> None:
+        for block in model.blocks:  # type: ignore[union-attr]
+            block.forward = torch.compile(block.forward, backend=fps)
+        kept_out(model)
+
+    assert relative(run(compiled, layers=3), run(kept_out, layers=3)) <= 1e-5
+    assert len(fps.graphs) == 1
+    assert all(site.rewritten for site in fps.graphs[0].sites if site.kind != "cross")
+    assert phases == [0, 0, 0, 2, 2, 2]  # the second step was cached
+
+
 def quantized(config: Any) -> Callable[[nn.Module], None]:
     def prepare(model: nn.Module) -> None:
         quantize_(model.blocks, config)
