@@ -174,7 +174,7 @@ def default_config(spec: KernelSpec) -> KernelConfig:
     slots, wide = spec.tile_slots, _wide(spec)
     if spec.target.startswith("hip:"):
         warps = 8 if wide and spec.quant == "fp8" else 4
-        depths = (1,) if _crowded(spec) else (2, 1)
+        depths = (1,) if _columns_differ(spec) else (2, 1)  # two stages spill then, from 64 features on
         rows = (32, 16) if wide and spec.quant == "none" else (64, 32, 16)
         choices = [KernelConfig(min(m, slots), warps, stages) for m in rows for stages in depths]
     elif _single(spec):
@@ -182,19 +182,26 @@ def default_config(spec: KernelSpec) -> KernelConfig:
     elif wide or _crowded(spec) or (spec.quant == "none" and spec.target in ("cuda:100", "cuda:103", "cuda:120")):
         choices = [KernelConfig(min(m, slots), 8, stages) for m in (64, 32, 16) for stages in (2, 1)]
     elif spec.quant == "fp8" and (spec.target not in ("cuda:80", "cuda:89") or slots < 128):
-        choices = [KernelConfig(min(64, slots), 4, 3)]
+        # With three stages on sm_90, a mask at 64 features gives products whose descriptors cannot be followed, and
+        # Triton 3.6 spills with small tiles. Two stages have the same buffers: see shared_bytes.
+        few = spec.target == "cuda:90" and _columns_differ(spec)
+        choices = [KernelConfig(min(64, slots), 4, 2 if few else 3)]
     else:
         choices = [KernelConfig(128, 8, 3) if slots >= 128 else KernelConfig(min(64, slots), 4, 3)]
     return next((choice for choice in choices if why_invalid(choice, spec) is None), choices[-1])
 
 
 def _crowded(spec: KernelSpec) -> bool:
-    """Whether columns of a block differ (in scale, bias or tile): with 128 features, registers do not suffice for 64
-    rows in four warps."""
-    several = spec.tile_slots < spec.block_n or (spec.quant == "fp8" and "subtile" in spec.granularities)
-    if spec.quant == "fp8" and spec.key_mask != "none" and spec.target not in ("cuda:80", "cuda:89"):
-        several = True
-    return several and max(spec.head_dim, spec.value_dim) > 96
+    """Whether columns that differ, with features padded to 128, leave no registers for 64 rows in four warps."""
+    return _columns_differ(spec) and max(spec.head_dim, spec.value_dim) > 64
+
+
+def _columns_differ(spec: KernelSpec) -> bool:
+    """Whether the columns of a block differ in scale, bias or tile, which takes registers."""
+    if spec.tile_slots < spec.block_n:
+        return True
+    masked = spec.key_mask != "none" and spec.target not in ("cuda:80", "cuda:89")
+    return spec.quant == "fp8" and ("subtile" in spec.granularities or masked)
 
 
 def _single(spec: KernelSpec) -> bool:

@@ -13,6 +13,7 @@ from __future__ import annotations
 import functools
 
 import pytest
+import torch
 
 pytest.importorskip("triton")
 
@@ -22,6 +23,7 @@ from fpscompile.gpu import binary, offline
 from fpscompile.gpu.compilation import Artifacts
 from fpscompile.gpu.config import KernelConfig, default_config, shared_limit
 from fpscompile.kernel_spec import KernelSpec
+from fpscompile.lowerings.triton import config_of
 
 FP8_TARGETS = ("cuda:89", "cuda:90", "cuda:100", "cuda:120", "hip:gfx942", "hip:gfx950")
 HOPPER = KernelConfig(128, 4, 0, "hopper")
@@ -71,22 +73,62 @@ def test_unquantized_defaults_do_not_spill(target: str) -> None:
     assert all("BF16" in name for name in report.main_loop.tensor)
 
 
+KINDS = {
+    "tile": {},
+    "subtile": {"granularities": ("subtile", "tile")},
+    "masked": {"key_mask": "float"},
+    "subtile masked": {"granularities": ("subtile", "tile"), "key_mask": "float"},
+    "subtile smooth_v": {"granularities": ("subtile", "tile"), "smooth_v": True},
+    "none": {"quant": "none"},
+    "none masked": {"quant": "none", "key_mask": "float"},
+}
+
+
+@pytest.mark.parametrize(
+    ("target", "dim", "tile", "kind"),
+    [
+        ("hip:gfx942", 96, (4, 4, 4), "subtile masked"),
+        ("hip:gfx942", 96, (4, 8, 8), "subtile masked"),
+        ("hip:gfx950", 64, (4, 4, 4), "subtile"),
+        ("hip:gfx950", 64, (4, 4, 4), "none masked"),
+        ("cuda:90", 64, (2, 4, 4), "subtile smooth_v"),
+        ("cuda:90", 64, (4, 8, 8), "masked"),
+        ("cuda:89", 96, (4, 8, 8), "subtile"),
+        ("cuda:100", 96, (4, 8, 8), "subtile"),
+    ],
+    ids=str,
+)
+def test_defaults_that_need_fewer_stages_or_more_warps_do_not_spill(
+    target: str, dim: int, tile: tuple[int, int, int], kind: str
+) -> None:
+    """Each spilled, or had products that could not be followed, with one stage more or four warps, on Triton 3.6 or
+    3.7.1."""
+    spec = spec_of(target, dim=dim, tile=tile, **KINDS[kind])
+    check_resources(spec, default_config(spec))
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("target", ["cuda:80", *FP8_TARGETS])
-@pytest.mark.parametrize("dim", [64, 128])
-@pytest.mark.parametrize("tile", [(4, 4, 4), (4, 8, 8)])
-@pytest.mark.parametrize("kind", ["tile", "subtile", "masked", "none"])
+@pytest.mark.parametrize("dim", [64, 96, 128])
+@pytest.mark.parametrize("tile", [(4, 4, 4), (4, 8, 8)], ids=str)
+@pytest.mark.parametrize("kind", KINDS)
 def test_no_default_spills(target: str, dim: int, tile: tuple[int, int, int], kind: str) -> None:
-    if target == "cuda:80" and kind != "none":
+    if target == "cuda:80" and KINDS[kind].get("quant") != "none":
         pytest.skip("no FP8 tensor cores")
-    fields = {
-        "tile": {},
-        "subtile": {"granularities": ("subtile", "tile")},
-        "masked": {"key_mask": "float"},
-        "none": {"quant": "none"},
-    }[kind]
-    spec = spec_of(target, dim=dim, tile=tile, **fields)
+    spec = spec_of(target, dim=dim, tile=tile, **KINDS[kind])
     check_resources(spec, default_config(spec))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dim", [64, 96, 128])
+@pytest.mark.parametrize("tile", [(2, 4, 4), (4, 4, 4), (4, 8, 8), (6, 8, 8)], ids=str)
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if KINDS[kind].get("quant") != "none"])
+def test_no_default_of_the_hopper_kernel_spills(dim: int, tile: tuple[int, int, int], kind: str) -> None:
+    """What is taken on an H100 where nothing has been tuned."""
+    spec = spec_of("cuda:90", dim=dim, tile=tile, **KINDS[kind])
+    config = config_of(spec, torch.device("cuda"))
+    assert config.variant == "hopper"
+    check_resources(spec, config)
 
 
 def test_hopper_main_loop() -> None:
