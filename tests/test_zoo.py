@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import pkgutil
+import re
 from collections import Counter
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import pytest
 import torch
 from models.authors_zoo import AUTHORS
@@ -146,6 +149,30 @@ def test_inductor(name: str) -> None:
     assert sum(site.rewritten for graph in fps.graphs for site in graph.sites) == sum(
         expect.count for expect in entry.expect if expect.reason is None
     )
+
+
+ELSEWHERE = {"MotionAdapter", "TransformerTemporalModel", "StableAudio3DiTModel"}
+"""Layers of the UNets here, and a model of sound."""
+
+
+def test_no_video_denoiser_of_diffusers_is_missing() -> None:
+    """By their names: what is neither an image model's nor an autoencoder's is built in this registry."""
+    parts = ("transformers", "unets", "controlnets", "autoencoders")
+    folders = [importlib.import_module(f"diffusers.models.{part}") for part in parts]
+    words = re.compile("3D|Video|Motion|Temporal|I2V|Cosmos|Wan|LTX|Animat|Sparse|Helios|Kandinsky[56]|SanaWM|MiniMaxH")
+    names = set()
+    for folder in folders:
+        for info in pkgutil.iter_modules(folder.__path__):
+            module = importlib.import_module(f"{folder.__name__}.{info.name}")
+            names |= {
+                name
+                for name, value in vars(module).items()
+                if isinstance(value, type) and issubclass(value, diffusers.ModelMixin) and words.search(name)
+            }
+    names = {name for name in names if not re.match("Autoencoder|.*VAE", name)}
+    code = "".join(path.read_text() for path in (Path(__file__).parent / "models").glob("zoo_*.py"))
+    assert len(names) >= 38
+    assert {name for name in names if not re.search(rf"\b{name}\b", code)} == ELSEWHERE
 
 
 def test_the_page_of_models_is_up_to_date() -> None:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import diffusers
 import torch
 from diffusers.models.embeddings import get_3d_rotary_pos_embed
 from models.zoo_entry import GRID, TEXT, Entry, Expect, kinds, randn, steps, tiny
+from torch import nn
+from torch.nn import functional
 
 Inputs = dict[str, Any]
 GRIDS = ((3, 6, 10), (5, 8, 9), (4, 7, 11), (2, 9, 5))
@@ -107,6 +110,21 @@ def cosmos_frames_inputs(grid: tuple[int, int, int] = GRID, batch: int = 1, step
     }
 
 
+def cosmos_control_inputs(grid: tuple[int, int, int] = GRID, batch: int = 1, step: float = 500) -> Inputs:
+    """The control video and the latents, each with a mask of given frames and one of padding."""
+    t, h, w = grid
+    return {
+        "controls_latents": randn(batch, 4, t, 2 * h, 2 * w),
+        "latents": randn(batch, 4, t, 2 * h, 2 * w, seed=3),
+        "timestep": steps(batch, step),
+        "encoder_hidden_states": randn(batch, TEXT, 16, seed=2),
+        "condition_mask": torch.zeros(batch, 1, t, 2 * h, 2 * w),
+        "padding_mask": torch.zeros(1, 1, 2 * h, 2 * w),
+        "fps": 16,
+        "return_dict": False,
+    }
+
+
 def cosmos3_inputs(grid: tuple[int, int, int] = GRID, batch: int = 1, step: float = 500) -> Inputs:
     t, h, w = grid
     video = t * h * w
@@ -126,6 +144,22 @@ def cosmos3_inputs(grid: tuple[int, int, int] = GRID, batch: int = 1, step: floa
         "vision_noisy_frame_indexes": [torch.arange(t)],
         "return_dict": False,
     }
+
+
+def resize(image: torch.Tensor, size: list[int], interpolation: str) -> torch.Tensor:
+    return functional.interpolate(image, size=size, mode=interpolation)
+
+
+def cosmos_controlnet(**config: Any) -> nn.Module:
+    """It resizes its masks with torchvision, in whose place PyTorch's own resizing does."""
+    from diffusers.models.controlnets import controlnet_cosmos
+
+    if not hasattr(controlnet_cosmos, "transforms"):
+        nearest = SimpleNamespace(NEAREST="nearest")
+        controlnet_cosmos.transforms = SimpleNamespace(
+            functional=SimpleNamespace(resize=resize), InterpolationMode=nearest
+        )
+    return diffusers.CosmosControlNetModel(**config)
 
 
 COSMOS = {
@@ -260,6 +294,24 @@ ENTRIES: dict[str, Entry] = {
         "cosmos",
         tiny(diffusers.CosmosTransformer3DModel, **COSMOS, extra_pos_embed_type=None),
         cosmos_frames_inputs,
+        (Expect(2), *kinds(cross=2)),
+    ),
+    "cosmos-controlnet": Entry(
+        "cosmos",
+        tiny(
+            cosmos_controlnet,
+            n_controlnet_blocks=2,
+            in_channels=6,
+            latent_channels=6,
+            model_channels=24,
+            num_attention_heads=2,
+            attention_head_dim=12,
+            mlp_ratio=2.0,
+            text_embed_dim=16,
+            adaln_lora_dim=4,
+            max_size=(8, 32, 32),
+        ),
+        cosmos_control_inputs,
         (Expect(2), *kinds(cross=2)),
     ),
     "cosmos-3": Entry(

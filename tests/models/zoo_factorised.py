@@ -36,6 +36,15 @@ def motion_inputs(grid: tuple[int, int, int] = SMALL, batch: int = 1, step: floa
     return unet_inputs(grid, batch, step) | {"encoder_hidden_states": randn(batch * grid[0], 5, 16, seed=2)}
 
 
+def sparse_control_inputs(grid: tuple[int, int, int] = SMALL, batch: int = 1, step: float = 500) -> Inputs:
+    """A control image per frame, and which of them are given."""
+    condition = randn(batch, 4, *grid, seed=3)
+    return motion_inputs(grid, batch, step) | {
+        "controlnet_cond": condition,
+        "conditioning_mask": torch.ones(batch, 1, *grid),
+    }
+
+
 def svd_inputs(grid: tuple[int, int, int] = SMALL, batch: int = 1, step: float = 500) -> Inputs:
     t, h, w = grid
     return unet_inputs(grid, batch, step) | {
@@ -154,6 +163,22 @@ ENTRIES: dict[str, Entry] = {
         ),
         motion_inputs,
         kinds(spatial=4, temporal=14, cross=4),
+        grid=SMALL,
+    ),
+    "animatediff-sparsectrl": Entry(
+        "unet",
+        tiny(
+            diffusers.SparseControlNetModel,
+            **{key: value for key, value in UNET.items() if key != "sample_size"},
+            down_block_types=("CrossAttnDownBlockMotion", "DownBlockMotion"),
+            norm_num_groups=4,
+            num_attention_heads=2,
+            motion_num_attention_heads=2,
+            motion_max_seq_length=8,
+            conditioning_embedding_out_channels=(8,),
+        ),
+        sparse_control_inputs,
+        kinds(spatial=2, temporal=2, cross=2),
         grid=SMALL,
     ),
     "stable-video-diffusion": Entry(

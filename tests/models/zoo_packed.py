@@ -7,6 +7,7 @@ from typing import Any
 import diffusers
 import torch
 from models.zoo_entry import GRID, TEXT, Entry, Expect, kinds, randn, steps, tiny
+from torch import nn
 
 Inputs = dict[str, Any]
 GRIDS = ((3, 6, 10), (5, 8, 9), (4, 7, 11), (2, 9, 5))
@@ -151,6 +152,26 @@ def refiner_inputs(grid: tuple[int, int, int] = GRID, batch: int = 1, step: floa
     }
 
 
+class Denoiser(nn.Module):
+    """The stage of the LTX-2.5 decoder that denoises pixels: what the loop of ``decode`` calls in each step."""
+
+    def __init__(self, **config: Any) -> None:
+        super().__init__()
+        self.decoder = diffusers.LTX2VideoDiffusionDecoderModel(**config).decoder
+
+    def forward(self, latent_context: torch.Tensor, hidden_states: torch.Tensor, timestep: torch.Tensor) -> Any:
+        return self.decoder.forward_diffusion_step(latent_context, hidden_states, timestep)
+
+
+def decoder_inputs(grid: tuple[int, int, int] = GRID, batch: int = 1, step: float = 500) -> Inputs:
+    t, h, w = grid
+    return {
+        "latent_context": randn(batch, t, h, w, 16),
+        "hidden_states": randn(batch, 3, t, 2 * h, 2 * w, seed=2),
+        "timestep": steps(batch, step / 1000),
+    }
+
+
 LTX = {
     "in_channels": 4,
     "out_channels": 4,
@@ -203,6 +224,23 @@ ENTRIES: dict[str, Entry] = {
         tiny(diffusers.LTX2VideoTransformer3DModel, **LTX2, rope_type="split"),
         ltx2_inputs,
         (Expect(2), *kinds(cross=8, other=2)),
+    ),
+    "ltx-2.5-decoder": Entry(
+        "ltx",
+        tiny(
+            Denoiser,
+            latent_channels=8,
+            patch_size=2,
+            decoder_head_dim=16,
+            decoder_stage_channels=(64, 32, 16, 16, 16),
+            decoder_stage_depths=(1, 1, 1, 1, 2),
+            decoder_upsample_channel_reductions=(2, 2, 1, 1),
+            decoder_stage5_kernel=(3, 3, 5),
+            decoder_t_emb_dim=16,
+        ),
+        decoder_inputs,
+        (Expect(2, reason="mask"),),
+        note="a window of neighbours in every layer, as a block mask of flex attention",
     ),
     "minimax-h3": Entry(
         "minimax",
