@@ -68,12 +68,14 @@ def calibrate(
             its error. The draw is always the same.
         options: tile, quant, schedule (of which the ranges of progress count) and the rest, as for compiling.
         path: the tuning file to save in; default the one in the cache folder.
-        windows: further candidates, as options spell them.
+        windows: further candidates, as options spell them. One that needs a density is tried at several: ``["topk"]``
+            lets content choose tiles for the heads that no fixed window serves.
         rows_per_tile: query rows of each tile that statistics are taken from.
 
     Raises:
         OptionError: neither or bad targets, or no samples.
         CalibrationError: no 3D attention was seen, or calls of one site differ in grid.
+        WindowError: one of ``windows`` that the grid cannot give.
         TuningFileError: the file cannot be written; nothing was run.
     """
     _check(samples, max_error, target_density, held_out)

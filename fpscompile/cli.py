@@ -142,6 +142,9 @@ def calibrate(
     max_error: Annotated[float | None, typer.Option(help="Largest relative error of any site's output.")] = None,
     target_density: Annotated[float | None, typer.Option(help="Kept fraction of the attention, whole model.")] = None,
     held_out: Annotated[float, typer.Option(help="Share of the samples that only check the choice.")] = 0.5,
+    window: Annotated[
+        list[str] | None, typer.Option(help="A further candidate, as options spell it; topk lets content choose.")
+    ] = None,
     option: Options = None,
     file: File = None,
     json_path: Json = None,
@@ -157,6 +160,7 @@ def calibrate(
         report = run(
             made[0], made[1], max_error=max_error, target_density=target_density, held_out=held_out,
             options=_options(option or []), path=file,
+            windows=[_options([f"window={text}"])["window"] for text in window or []],
         )  # fmt: skip
         _show(report, json_path)
         typer.echo(f"saved as {report.key!r} in {report.path}; compile with options={{'tuning': '{report.path}'}}")

@@ -29,6 +29,7 @@ from fpscompile.errors import GridError, UnsupportedError
 from fpscompile.masks import BlockMask, with_others
 from fpscompile.plan import ResolvedPlan
 from fpscompile.tiling import TileLayout
+from fpscompile.windows.base import TileSets
 
 
 def packed_bytes(capacity: Any) -> Any:
@@ -64,21 +65,44 @@ def select(
     most = _most(resolved)
     if most == 0:
         return always.expand(batch, heads, -1, -1)
+    scores = tile_scores(q, k, resolved.q_layout, resolved.k_layout, key_mask, scale)
+    return _chosen(scores, always, eligible, extra, most)
 
-    queries = tile_means(q, resolved.q_layout)
-    keys, empty = _key_means(k, resolved.k_layout, key_mask, heads)
+
+def tile_scores(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    q_layout: TileLayout,
+    k_layout: TileLayout,
+    key_mask: torch.Tensor | None = None,
+    scale: float | None = None,
+) -> torch.Tensor:
+    """[B, H, N, N], finite: how much each query tile wants each key tile, by the rule above; arguments as of
+    :func:`select`."""
+    queries = tile_means(q, q_layout)
+    keys, empty = _key_means(k, k_layout, key_mask, q.shape[1])
     if scale is not None and scale < 0:
         queries = -queries
     scores = queries @ keys.mT
     lowest = torch.finfo(scores.dtype).min
     scores = torch.where(scores.isnan(), lowest, scores).clamp_(min=lowest)
-    if empty is not None:
-        scores = scores.masked_fill_(empty[:, :, None], lowest)
+    return scores if empty is None else scores.masked_fill_(empty[:, :, None], lowest)
+
+
+def choose_tiles(scores: torch.Tensor, sets: TileSets) -> torch.Tensor:
+    """bool [H, n, N]: what ``n`` query tiles see, from their scores [H, n, N] and the same rows of the sets."""
+    return _chosen(scores.clone(), sets.always, sets.eligible, sets.extra, int(sets.extra.max()))
+
+
+def _chosen(
+    scores: torch.Tensor, always: torch.Tensor, eligible: torch.Tensor, extra: torch.Tensor, most: int
+) -> torch.Tensor:
+    """The tiles that are always seen, and the ``extra`` open ones of the largest scores, which are overwritten."""
     open_tiles = eligible & ~always
     scores = scores.masked_fill_(~open_tiles, float("-inf"))
     # Stable: equal scores stay in ascending order of the index.
     order = scores.sort(dim=-1, descending=True, stable=True).indices[..., :most]
-    taken = torch.arange(most, device=q.device) < extra[..., None, None]
+    taken = torch.arange(most, device=scores.device) < extra[..., None, None]
     chosen = torch.zeros_like(scores, dtype=torch.bool).scatter_(-1, order, taken.expand_as(order))
     return always | (chosen & open_tiles)
 

@@ -18,20 +18,22 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from fpscompile import Backend, Settings, autotune
 from fpscompile.calibrate import CalibrationError, CalibrationReport, SiteCalibration, calibrate, split
 from fpscompile.calibration import statistics
-from fpscompile.calibration.candidates import candidates
+from fpscompile.calibration.candidates import Candidates, candidates
+from fpscompile.calibration.choose import choose
 from fpscompile.calibration.held_out import HeldOut
 from fpscompile.calibration.knapsack import Item, solve
-from fpscompile.calibration.statistics import SiteStatistics, observe
-from fpscompile.errors import OptionError
+from fpscompile.calibration.statistics import CallStatistics, SiteStatistics, observe
+from fpscompile.errors import OptionError, WindowError
 from fpscompile.lowerings import gather
-from fpscompile.plan import PhasePlan, Plan, resolve
+from fpscompile.plan import PhasePlan, Plan, ResolvedPlan, resolve
 from fpscompile.schedule import GRANULARITIES
+from fpscompile.selection import masks_of_call
 from fpscompile.tiling import TileLayout
 from fpscompile.tuning import candidates as space
 from fpscompile.tuning import read
 from fpscompile.tuning.problem import tile_of_token
 from fpscompile.tuning.store import TuningFileError
-from fpscompile.windows import Dense, View, density, sets_on_grid, spec_of, window_of
+from fpscompile.windows import Dense, Pattern, TopK, View, density, sets_on_grid, spec_of, window_of
 
 TILE = (1, 2, 2)
 OPTIONS = {"tile": TILE, "window": "dense"}
@@ -57,9 +59,26 @@ def test_candidates_differ_and_end_in_dense(grid: tuple[int, int, int], text: in
 
 def test_extra_candidates_are_taken() -> None:
     layout = TileLayout((4, 16, 16), (1, 2, 2))
-    extra = window_of([2, 5, 1])
+    extra = window_of([2, 6, 1])
     assert extra not in candidates(layout, layout).windows
     assert extra in candidates(layout, layout, (extra,)).windows
+    with pytest.raises(WindowError, match="density"):
+        candidates(layout, layout, (window_of({"family": "sliding", "density": 1e-6}),))
+
+
+def test_a_window_that_needs_a_density_is_tried_at_several() -> None:
+    layout = TileLayout((4, 8, 8), (1, 4, 4), 0, 9)
+    plain, found = candidates(layout, layout), candidates(layout, layout, (window_of("topk"),))
+    assert not plain.chosen
+    windows = [found.windows[index] for index in found.chosen]
+    assert windows == [TopK(density=value) for value in (3 / 16, 1 / 4, 3 / 8, 1 / 2, 5 / 8, 3 / 4, 7 / 8)], (
+        "text and one tile take more than an eighth"
+    )
+    assert len(found.windows) == len(plain.windows) + len(windows)
+    assert found.windows[found.dense] == Dense()
+    for index in found.chosen:
+        assert density(found.windows[index], layout, layout) == pytest.approx(found.densities[index])
+        assert found.densities[index] <= found.windows[index].density  # type: ignore[union-attr]
 
 
 # Statistics
@@ -102,6 +121,41 @@ def test_statistics_are_those_of_masked_attention(mask: str) -> None:
         squares = (sparse - dense @ values).square().sum((1, 2)) / (dense @ values).square().sum()
         torch.testing.assert_close(found.error[:, index, 0], squares, rtol=1e-4, atol=1e-9)
         torch.testing.assert_close(found.recall[:, index], (dense * visible).sum(-1).mean(-1), rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("mask", ["none", "bool", "float"])
+def test_statistics_of_tiles_that_content_chooses(mask: str) -> None:
+    """Of the very tiles that a call of the compiled model would choose, other tokens, key masks and few key heads
+    included."""
+    made = site()
+    extra = (window_of("topk"), window_of({"family": "union", "of": ["spatial", {"family": "topk", "tiles": 1}]}))
+    made.candidates = candidates(made.q_layout, made.k_layout, extra)
+    assert len(made.candidates.chosen) >= 3
+    q, k, v = tensors(made)
+    key_mask = {
+        "none": None,
+        "bool": torch.rand(1, 1, q.shape[1]) > 0.3,
+        "float": torch.randn(made.heads, 1, q.shape[1]),
+    }[mask]
+    found = observe(q, k, v, key_mask, 2, -0.4, made, rows_per_tile=1000)
+    hidden = None if key_mask is None else key_mask[None]
+    common = {"key_mask": hidden, "scale": -0.4}
+    exact, _ = gather.forward(q[None], k[None], v[None], phases=(0,), resolved=planned(made, Dense()), **common)
+    for index in made.candidates.chosen:
+        resolved, chosen = masks_of_call(
+            None, q[None], k[None], hidden, (0,), planned(made, made.candidates.windows[index]), -0.4
+        )
+        out, _ = gather.forward(
+            q[None], k[None], v[None], phases=(0,), resolved=resolved, block_mask=chosen, **common
+        )  # fmt: skip
+        squares = (out - exact)[0].square().sum((1, 2)) / exact.square().sum()
+        torch.testing.assert_close(found.error[:, index, 0], squares.double(), rtol=1e-3, atol=1e-9)
+
+
+def planned(made: SiteStatistics, window: Any) -> ResolvedPlan:
+    layout = made.q_layout
+    plan = Plan(layout.tile, (PhasePlan(window),), lowering="gather")
+    return resolve(plan, layout.grid, layout.length, layout.length, layout.before, layout.before, made.heads)
 
 
 def test_statistics_of_some_rows_are_close_to_those_of_all() -> None:
@@ -207,6 +261,34 @@ def test_what_cannot_be_had_is_left_at_its_most_accurate() -> None:
     assert solve([item], {"a": 0.1}).choices == (0,)
 
 
+def test_a_budget_is_of_the_mean_of_the_errors() -> None:
+    """Not of the mean of their squares, which allows less: beside every choice there is, where all can be tried."""
+    layout = TileLayout((1, 2, 2), (1, 1, 1))
+    costs, limit, gains = (0.25, 0.5, 0.75, 1.0), 0.3, []
+    options = Candidates(((1, 1, 1), (1, 1, 2), (1, 2, 1), Dense()), costs, torch.ones(4, 4, 4, dtype=torch.bool))
+    for _ in range(20):
+        made = SiteStatistics("x", 2, 8, layout, layout, options, ("tile",), "none")
+        for phase, size in enumerate((1.0, 0.2)):  # steps that err much, and steps that err little
+            errors = (torch.rand(2, 4).sort(1, descending=True).values * torch.tensor([1, 1, 1, 0]) * size).double()
+            made.calls += [CallStatistics(phase, errors[..., None], errors)] * 2  # alike: nothing to be cautious about
+        report = CalibrationReport("M", layout.grid, layout.tile, "none", limit, None, ((0.0, 0.5), (0.5, 1.0)))
+        choose(report, {"x": made})
+        (chosen,) = report.sites
+        assert chosen.predicted <= limit + 1e-9
+        best, squares = 1.0, 1.0
+        for picks in itertools.product(range(4), repeat=4):
+            cost = sum(costs[pick] for pick in picks) / 4
+            square = torch.stack([call.error[(0, 1), picks[2 * i : 2 * i + 2], 0].sum() for i, call in
+                                  enumerate(made.calls[::2])])  # fmt: skip
+            if square.sqrt().mean() <= limit:
+                best = min(best, cost)
+            if square.mean() <= limit**2:
+                squares = min(squares, cost)
+        assert best <= sum(chosen.densities) / 2 + 1e-9 <= best + 0.25 + 1e-9, "one step of one head at most"
+        gains.append(squares - sum(chosen.densities) / 2)
+    assert sum(gains) / len(gains) > 0.05, "less is kept than under a budget on squares"
+
+
 # A model of known heads
 
 
@@ -242,6 +324,25 @@ def test_prediction_is_exact_on_the_samples_it_was_made_from(tmp_path: Path) -> 
     assert (report.samples, report.held_out) == (2, 2)
     for made in report.sites:
         assert made.measured == pytest.approx(made.predicted, rel=1e-4)
+
+
+def test_heads_that_follow_content_get_tiles_chosen_by_content(tmp_path: Path) -> None:
+    """They keep less than under fixed windows; the prediction is what the masks do, and the file compiles to it."""
+    path, model = tmp_path / "t.json", Structured(kinds=(("global", "spatial"),), content=3.0).eval()
+    latent = F.interpolate(torch.randn(1, 4, 4, 4, 4), (4, 8, 8))  # tokens of a tile are alike
+    given = [{"latent": latent, "timestep": torch.tensor([500.0])}] * 2
+    without = calibrate(model, given, max_error=0.1, options=OPTIONS, path=tmp_path / "other.json")
+    report = calibrate(model, given, max_error=0.1, options=OPTIONS, path=path, windows=["topk"])
+    assert report.density < 0.9 * without.density
+    kinds = {window.family for made in report.sites for window in made.windows[0] if isinstance(window, Pattern)}
+    assert "topk" in kinds
+    for made in report.sites:
+        assert made.measured == pytest.approx(made.predicted, rel=1e-4)
+        assert made.predicted <= 0.1
+    backend, _ = compiled(model, given[0], tuning=str(path))
+    for record, made in zip(backend.graphs[0].sites, report.sites, strict=True):
+        assert record.rewritten
+        assert record.density == pytest.approx(made.densities)
 
 
 def test_phases_are_told_apart(tmp_path: Path) -> None:

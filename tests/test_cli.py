@@ -243,7 +243,9 @@ def test_tune_that_is_interrupted_says_what_is_kept(run, tmp_path: Path, monkeyp
 
 def test_calibrate_saves_and_says_how_to_use_it(run, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
     file, data = tmp_path / "tuned.json", tmp_path / "result.json"
-    options = ("--option", "tile=(2,8,8)", "--max-error", "0.5", "--file", str(file), "--json", str(data))
+    options = (
+        "--option", "tile=(2,8,8)", "--max-error", "0.5", "--file", str(file), "--json", str(data), "--window", "topk"
+    )  # fmt: skip
     result = run("calibrate", "factories:with_samples", *options)
     assert result.exit_code == 0, result.output
     assert f"options={{'tuning': '{file}'}}" in result.stdout.replace("\n", "")
@@ -263,6 +265,7 @@ def test_calibrate_saves_and_says_how_to_use_it(run, tmp_path: Path) -> None:  #
         (["tune", "factories:with_kwargs", "--file", "factories.py/x.json"], "cannot be written"),
         (["calibrate", "factories:with_kwargs"], "returned (Tiny, dict); it must return (model or pipeline, list"),
         (["calibrate", "factories:with_samples"], "calibrate needs max_error=, target_density= or both"),
+        (["calibrate", "factories:with_samples", "--max-error", "1", "--window", "round"], "'round'"),
         (["bench", "factories:with_kwargs", "--rounds", "1"], "rounds=1 must be at least 3"),
         (["bench", "factories:with_kwargs", "--option", "inner=nothing"], "inner='nothing' is no registered backend"),
     ],

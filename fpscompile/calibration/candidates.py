@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, field
 
 import torch
 
@@ -20,10 +22,18 @@ from fpscompile.windows import (
     SpatialBand,
     TemporalBand,
     TextOnly,
+    TileSets,
     View,
     density,
+    is_dynamic,
+    is_open,
+    pattern_of,
     sets_on_grid,
+    with_density,
 )
+
+LADDER = (1 / 16, 1 / 8, 3 / 16, 1 / 4, 3 / 8, 1 / 2, 5 / 8, 3 / 4, 7 / 8)
+"""Densities at which a window that needs one is tried."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -33,7 +43,9 @@ class Candidates:
     windows: tuple[AnyWindow, ...]
     densities: tuple[float, ...]
     masks: torch.Tensor
-    """bool [C, q_tiles, k_tiles], other tokens included."""
+    """bool [C, q_tiles, k_tiles], other tokens included: what is seen whatever the content."""
+    chosen: dict[int, TileSets] = field(default_factory=dict)
+    """By index, those whose tiles content chooses, on video tiles."""
 
     @property
     def dense(self) -> int:
@@ -45,7 +57,11 @@ def candidates(q_layout: TileLayout, k_layout: TileLayout, extra: tuple[AnyWindo
     one another. Of windows that keep the same tiles, the simplest stays.
 
     Args:
-        extra: further windows; a plain family is found before them.
+        extra: further windows; a plain family is found before them. One that needs a density, such as a top-k, stands
+            for as many as :data:`LADDER` has densities that the grid can give.
+
+    Raises:
+        WindowError: an extra window that the grid cannot give.
     """
     view = View(q_layout, k_layout)
     n_t, n_h, n_w = view.counts
@@ -59,26 +75,44 @@ def candidates(q_layout: TileLayout, k_layout: TileLayout, extra: tuple[AnyWindo
     made += [SpatialBand(1) | TemporalBand((1, 1)), SpatialBand(1) | TemporalBand((3, 3))]
     if q_layout.length > q_layout.video:
         made.append(TextOnly())
-    found: dict[bytes, tuple[float, AnyWindow, torch.Tensor]] = {}
-    for window in (*made, *extra):
-        try:
-            mask = with_others(q_layout, k_layout, sets_on_grid(window, view).always)[0]
-        except WindowError:
+    found: dict[tuple[bytes, ...], tuple[float, AnyWindow, torch.Tensor, TileSets]] = {}
+    for window in (*made, *_with_densities(extra, view)):
+        sets = sets_on_grid(window, view)
+        mask = with_others(q_layout, k_layout, sets.always)[0]
+        key: tuple[bytes, ...] = (mask.numpy().tobytes(),)
+        if is_dynamic(window):
+            key = (*key, sets.eligible.numpy().tobytes(), sets.extra.numpy().tobytes())
+        elif not mask.any(-1).all():
             continue
-        key = mask.numpy().tobytes()
-        if key not in found and mask.any(-1).all():
-            found[key] = (density(window, q_layout, k_layout), window, mask)
-    ordered = sorted(found.values(), key=lambda item: item[0])
+        if key not in found:
+            found[key] = (density(window, q_layout, k_layout), window, mask, sets)
+    ordered = sorted(found.values(), key=lambda item: (item[0], isinstance(item[1], Dense)))
     return Candidates(
-        tuple(window for _, window, _ in ordered),
-        tuple(value for value, _, _ in ordered),
-        torch.stack([mask for _, _, mask in ordered]),
+        tuple(window for _, window, _, _ in ordered),
+        tuple(value for value, _, _, _ in ordered),
+        torch.stack([mask for _, _, mask, _ in ordered]),
+        {index: sets for index, (_, window, _, sets) in enumerate(ordered) if is_dynamic(window)},
     )
 
 
+def _with_densities(windows: tuple[AnyWindow, ...], view: View) -> Iterator[AnyWindow]:
+    """``windows``, each open one replaced by itself at the densities that the grid can give."""
+    for window in windows:
+        if not is_open(window):
+            yield window
+            continue
+        for value in LADDER:
+            filled = with_density(pattern_of(window), value)
+            with contextlib.suppress(WindowError):
+                sets_on_grid(filled, view)
+                yield filled
+
+
 def _widths(count: int) -> list[int]:
-    """1, 3, and the whole axis; on a long axis also about half of it."""
-    widths = {1, min(3, count), count}
+    """At most four: all of a short axis; of a longer one 1, 3, the whole of it and, where that is long, about half."""
+    if count <= 4:
+        return list(range(1, count + 1))
+    widths = {1, 3, count}
     if count >= 8:
         widths.add(count // 2 | 1)
     return sorted(widths)

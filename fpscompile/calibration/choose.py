@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import math
 from collections.abc import Hashable, Mapping, Sequence
 
 import torch
@@ -19,26 +18,26 @@ GRANULARITY_SHARE = 0.25
 """Share of a squared error budget that FP8's own error may take: the coarsest granularity within it is used."""
 
 
+ROUNDS = 12
+"""The choice under ``max_error`` is refined so often at most."""
+
+SMALLEST_TANGENT = 0.25
+"""Calls that err less than this share of ``max_error`` count as if they erred so much: no step could begin from exact
+ones."""
+
+Place = tuple[str, int, int]
+"""(site, phase, head)."""
+
+
 def choose(report: CalibrationReport, sites: Mapping[str, SiteStatistics]) -> None:
     """Solve for all sites and write the choices into the report."""
     weights = report.weights
-    items: list[Item] = []
-    places: list[tuple[str, int, int]] = []
-    finest: dict[tuple[str, int], int] = {}
+    finest = {
+        (name, phase): _granularity(site, site.bounded_error(phase), report.max_error)
+        for name, site in sites.items()
+        for phase in site.phases()
+    }
     dense_cost = sum(_flops(site) for site in sites.values())
-    for name, site in sites.items():
-        for phase in site.phases():
-            errors = site.bounded_error(phase)
-            level = _granularity(site, errors, report.max_error)
-            finest[name, phase] = level
-            share = site.share(phase)
-            for head in range(site.heads):
-                costs = [weights[phase] * _flops(site) / site.heads * density for density in site.candidates.densities]
-                items.append(Item(name, costs, (share * errors[head, :, level]).tolist()))
-                places.append((name, phase, head))
-    budgets: dict[Hashable, float] = {}
-    if report.max_error is not None:
-        budgets = dict.fromkeys(sites, report.max_error**2)
     target = None
     if report.target_density is not None:
         unseen = sum(
@@ -48,22 +47,78 @@ def choose(report: CalibrationReport, sites: Mapping[str, SiteStatistics]) -> No
             if phase not in site.phases()
         )
         target = report.target_density * dense_cost - unseen
-    solution = solve(items, budgets, target)
-    chosen = dict(zip(places, solution.choices, strict=True))
+    chosen, cost = _solved(report, sites, finest, target)
     for name, site in sites.items():
         dense = site.candidates.dense
-        own = sum(item.errors[dense] for item in items if item.group == name)
-        if own > budgets.get(name, math.inf):  # quantization alone is too much: no window could make it right
-            chosen |= {place: dense for place in places if place[0] == name}
+        own = sum(
+            site.share(phase) * float(site.bounded_error(phase)[:, dense, finest[name, phase]].sum())
+            for phase in site.phases()
+        )
+        if report.max_error is not None and own > report.max_error**2:
+            # quantization alone is too much: no window could make it right
+            chosen |= {place: dense for place in chosen if place[0] == name}
     for site in sites.values():
         report.sites.append(_site(report, site, chosen, finest))
-    if target is not None and solution.cost > target + 1e-9 * dense_cost:
+    if target is not None and cost > target + 1e-9 * dense_cost:
         report.notes.append(
             f"target_density={report.target_density} is missed, the density is {report.density:.4f}: "
             + ("max_error allows no less" if report.max_error is not None else "no candidate is sparser")
         )
     for note in report.notes:
         logger.warning("%s", note)
+
+
+def _solved(
+    report: CalibrationReport,
+    sites: Mapping[str, SiteStatistics],
+    levels: Mapping[tuple[str, int], int],
+    target: float | None,
+) -> tuple[dict[Place, int], float]:
+    """(candidate of each place, FLOPs).
+
+    A budget is of the mean over calls of the error ``e``, and what adds up over heads is its square. By the tangent at
+    any ``r``, ``e <= (r + e**2 / r) / 2``: with an ``r`` for each call, a budget on ``mean(e**2 / r)`` keeps the mean
+    within its own. The first round has ``r = max_error``, which bounds the mean of squares; each further one has the
+    errors of the choice before, where the bound is exact, so that steps which err little make room for others.
+    """
+    limit = report.max_error
+    tangents = {name: torch.full((len(site.calls),), limit or 1.0).double() for name, site in sites.items()}
+    best: tuple[dict[Place, int], float] | None = None
+    for _ in range(ROUNDS):
+        items: list[Item] = []
+        places: list[Place] = []
+        for name, site in sites.items():
+            flops = _flops(site) / site.heads
+            for phase in site.phases():
+                bounded = site.bounded_error(phase, 1 / tangents[name])[..., levels[name, phase]]
+                costs = [report.weights[phase] * flops * density for density in site.candidates.densities]
+                for head, errors in enumerate(site.share(phase) * bounded):
+                    items.append(Item(name, costs, errors.tolist()))
+                    places.append((name, phase, head))
+        budgets: dict[Hashable, float] = {}
+        if limit is not None:
+            budgets = {name: 2 * limit - float(r.mean()) for name, r in tangents.items()}
+        solution = solve(items, budgets, target)
+        chosen = dict(zip(places, solution.choices, strict=True))
+        if best is not None and solution.cost >= best[1] * (1 - 1e-9):
+            break
+        best = chosen, solution.cost
+        if limit is None or (target is not None and solution.cost <= target):
+            break
+        for name, site in sites.items():
+            tangents[name] = _errors(site, chosen, levels).clamp(min=SMALLEST_TANGENT * limit)
+    assert best is not None
+    return best
+
+
+def _errors(site: SiteStatistics, chosen: Mapping[Place, int], levels: Mapping[tuple[str, int], int]) -> torch.Tensor:
+    """float64 [calls]: the site's relative error in each call."""
+    heads = torch.arange(site.heads)
+    picks = {
+        phase: torch.tensor([chosen[site.name, phase, head] for head in range(site.heads)]) for phase in site.phases()
+    }
+    squares = [call.error[heads, picks[call.phase], levels[site.name, call.phase]].sum() for call in site.calls]
+    return torch.stack(squares).clamp(min=0).sqrt()
 
 
 def _flops(site: SiteStatistics) -> float:
@@ -87,7 +142,6 @@ def _site(
     levels: Mapping[tuple[str, int], int],
 ) -> SiteCalibration:
     options = site.candidates
-    heads = torch.arange(site.heads)
     windows, densities, granularities, unseen = [], [], [], []
     picks: dict[int, torch.Tensor] = {}
     for phase in range(len(report.ranges)):
@@ -99,10 +153,7 @@ def _site(
         windows.append(tuple(options.windows[index] for index in picks[phase].tolist()))
         densities.append(sum(options.densities[index] for index in picks[phase].tolist()) / site.heads)
         granularities.append(site.granularities[levels.get((site.name, phase), len(site.granularities) - 1)])
-    errors = [
-        call.error[heads, picks[call.phase], levels[site.name, call.phase]].sum().clamp(min=0) for call in site.calls
-    ]
-    predicted = relative_error(errors)
+    predicted = float(_errors(site, chosen, levels).mean())
     made = SiteCalibration(
         site.name, site.heads, site.head_dim, tuple(windows), tuple(granularities), tuple(densities), predicted,
         _uniform(site, levels, max(predicted, report.max_error or 0.0), report.weights), _flops(site),

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from fpscompile import lowerings
 from fpscompile.calibration.observe import Call
 from fpscompile.calibration.report import CalibrationReport
+from fpscompile.lowerings import gather
 from fpscompile.plan import PhasePlan, Plan, resolve
+from fpscompile.selection import masks_of_call
 
 
 class HeldOut:
@@ -32,9 +33,14 @@ class HeldOut:
             layout.q_layout.before, layout.k_layout.before, call.q.shape[1],
         )  # fmt: skip
         phases = tuple(0 if self.one_phase else phase for phase in call.phases)
-        out, _ = lowerings.get("gather").forward(
-            call.q, call.k, call.v, key_mask=call.key_mask, phases=phases, resolved=resolved, scale=call.scale
-        )
+        mask, at = None, phases
+        if resolved.dynamic:
+            resolved, mask = masks_of_call(None, call.q, call.k, call.key_mask, phases, resolved, call.scale)
+            at = tuple(range(len(phases)))
+        out, _ = gather.forward(
+            call.q, call.k, call.v, key_mask=call.key_mask, phases=at, resolved=resolved, scale=call.scale,
+            block_mask=mask,
+        )  # fmt: skip
         difference = (out.float() - call.out.float()).flatten(1).norm(dim=1)
         for phase, error in zip(phases, difference / call.out.float().flatten(1).norm(dim=1), strict=True):
             self.errors[call.site][phase].append(float(error))

@@ -5,8 +5,9 @@ For the query rows of one tile, scores against all keys are taken once, and from
 
     out_c = sum over its tiles of o_j / sum over its tiles of m_j
 
-so the output of every candidate costs one small product with its row of the tile mask. At no time is more held than
-the scores of a few rows. With FP8, the same sums are taken from the rounded operands, once for each granularity, and
+so the output of every candidate costs one small product with its row of the tile mask; where content chooses tiles,
+that row is what :mod:`fpscompile.selection` would choose for this call. At no time is more held than the scores of a
+few rows. With FP8, the same sums are taken from the rounded operands, once for each granularity, and
 compared with the exact output.
 """
 
@@ -21,7 +22,9 @@ import torch
 from fpscompile.calibration.candidates import Candidates
 from fpscompile.plan import P_SCALE
 from fpscompile.quant import quantize_attention, round_e4m3
+from fpscompile.selection import choose_tiles, tile_scores
 from fpscompile.tiling import TileLayout
+from fpscompile.windows import TileSets
 
 CHUNK_BYTES = 64 << 20
 """Size aimed at for the scores, or the partial outputs, of one piece of work."""
@@ -62,10 +65,17 @@ class SiteStatistics:
         """float64 [H, C, G]: mean over the calls, of one phase or of all."""
         return torch.stack([call.error for call in self.calls if phase in (None, call.phase)]).mean(0)
 
-    def bounded_error(self, phase: int) -> torch.Tensor:
+    def bounded_error(self, phase: int, weights: torch.Tensor | None = None) -> torch.Tensor:
         """float64 [H, C, G]: the mean over a phase's calls plus its standard error: caution that ends as samples add
-        up."""
-        errors = torch.stack([call.error for call in self.calls if call.phase == phase])
+        up.
+
+        Args:
+            weights: one for each of :attr:`calls`, which multiplies its errors.
+        """
+        chosen = [index for index, call in enumerate(self.calls) if call.phase == phase]
+        errors = torch.stack([self.calls[index].error for index in chosen])
+        if weights is not None:
+            errors = errors * weights[chosen, None, None, None]
         if len(errors) == 1:
             return errors[0]
         return errors.mean(0) + errors.std(0) / len(errors) ** 0.5
@@ -103,11 +113,17 @@ def observe(
     recall = torch.zeros(site.heads, count, dtype=torch.float64)
     norm, rows_seen = 0.0, 0
     bias = _slot_bias(key_mask, q, site.k_layout)
+    chosen = list(site.candidates.chosen)
+    scores = None
+    if chosen:
+        hidden = None if key_mask is None else key_mask[None]
+        scores = tile_scores(q[None], k[None], site.q_layout, site.k_layout, hidden, scale)[0]
     exact = _Operands.of(q, k, v, site.k_layout)
     versions = [exact] if site.quant != "fp8" else [_rounded(q, k, v, site, name) for name in site.granularities]
     for heads, tiles, rows in _pieces(site, rows_per_tile, v.shape[-1]):
         shape = rows.shape  # query tiles, rows of each
         keep = site.candidates.masks[:, tiles].transpose(0, 1).to(q.device, torch.float32)  # [tiles, C, k_tiles]
+        by_content = None if scores is None else _chosen_tiles(site, scores[heads], tiles)
         sums = exact.sums(bias, heads, rows.flatten(), group, scale, False)
         total = sums[0].sum(1)  # [h, tiles * rows]
         reference = (sums[1].sum(1) / _safe(total)[..., None]).unflatten(1, shape).transpose(0, 1)
@@ -116,6 +132,8 @@ def observe(
             if operands is not exact:
                 sums = operands.sums(bias, heads, rows.flatten(), group, scale, True)
             kept, out = (keep @ _by_tile(x, shape) for x in sums)
+            if by_content is not None:
+                kept[:, chosen], out[:, chosen] = (_by_head(by_content, x, shape) for x in sums)
             kept = kept.view(shape[0], count, -1, shape[1])  # [tiles, C, h, rows]
             out = out.view(*kept.shape, -1) / _safe(kept)[..., None]
             error[heads, :, level] += (out - reference[:, None]).square().sum((3, 4)).double().sum(0).T.cpu()
@@ -130,6 +148,31 @@ def _by_tile(x: torch.Tensor, shape: torch.Size) -> torch.Tensor:
     """[h, k_tiles, tiles * rows, ...] -> [tiles, k_tiles, h * rows * ...]."""
     split = x.unflatten(2, shape)
     return split.permute(2, 1, 0, *range(3, split.dim())).flatten(2)
+
+
+def _by_head(keep: torch.Tensor, x: torch.Tensor, shape: torch.Size) -> torch.Tensor:
+    """``keep`` [tiles, h, n, k_tiles] times x [h, k_tiles, tiles * rows, ...] -> [tiles, n, h * rows * ...]."""
+    split = x.unflatten(2, shape)
+    return (keep @ split.permute(2, 0, 1, *range(3, split.dim())).flatten(3)).transpose(1, 2).flatten(2)
+
+
+def _chosen_tiles(site: SiteStatistics, scores: torch.Tensor, tiles: list[int]) -> torch.Tensor:
+    """float32 [tiles, h, n, k_tiles]: 1 where a query tile sees a key tile, for candidates that content has a say in.
+
+    Args:
+        scores: [h, N, N], on video tiles.
+        tiles: query tiles.
+    """
+    q_first, k_first, count = site.q_layout.before_tiles, site.k_layout.before_tiles, site.q_layout.video_tiles
+    keep = scores.new_ones(len(tiles), len(scores), len(site.candidates.chosen), site.k_layout.n_tiles)
+    places = [place for place, tile in enumerate(tiles) if q_first <= tile < q_first + count]
+    video = [tiles[place] - q_first for place in places]
+    if video:
+        for index, sets in enumerate(site.candidates.chosen.values()):
+            always, eligible = (x[:, video].to(scores.device) for x in (sets.always, sets.eligible))
+            seen = choose_tiles(scores[:, video], TileSets(always, eligible, sets.extra.to(scores.device)))
+            keep[places, :, index, k_first : k_first + count] = seen.transpose(0, 1).to(keep.dtype)
+    return keep.float()
 
 
 def _pieces(site: SiteStatistics, rows_per_tile: int, width: int) -> Iterator[tuple[slice, list[int], torch.Tensor]]:
