@@ -1,9 +1,11 @@
 """A whole Wan transformer step at true size on one GPU: eager, Inductor, fps, and fps with FP8 linear layers.
 
-    python benchmarks/gpu/model_gpu.py [--models 1.3B 14B] [--sizes 480p 720p] [--density 0.2] [--json PATH]
+    python benchmarks/gpu/model_gpu.py [--models 1.3B 14B] [--sizes 480p 720p] [--density 0.2 0.09 0.05]
+        [--json PATH]
 
 Random weights, random latents, batch 1. Every variant compiles the repeated blocks (``compile_repeated_blocks``), so
-that all pay the same compile. Times are medians of CUDA-event timings; memory is the peak above the weights.
+that all pay the same compile. What has sparse attention gets a row for each density. Times are medians of CUDA-event
+timings; memory is the peak above the weights.
 """
 
 from __future__ import annotations
@@ -99,13 +101,19 @@ def variant(
     elif which != "eager":
         model.compile_repeated_blocks(backend="inductor", fullgraph=True)
     out, row = measure(model, inputs(size), rounds)
-    row |= {"graphs": counters["stats"]["unique_graphs"], "model": name, "size": size, "variant": which}
+    row |= {"graphs": counters["stats"]["unique_graphs"], "model": name, "size": size}
+    row |= {"variant": which, "density": density}
     if attachment is not None:
         attachment.detach()
     del model
     gc.collect()
     torch.cuda.empty_cache()
     return out, row
+
+
+def rows_of(variants: list[str], densities: list[float]) -> list[tuple[str, float]]:
+    """(variant, density) of every row: what has no sparse attention runs once."""
+    return [(which, d) for which in variants for d in (densities if which.startswith("fps") else [1.0])]
 
 
 def main() -> None:
@@ -115,7 +123,7 @@ def main() -> None:
     parser.add_argument(
         "--variants", nargs="+", default=["inductor", "inductor, fp8 linears", "fps", "fps, fp8 linears"]
     )
-    parser.add_argument("--density", type=float, default=0.2)
+    parser.add_argument("--density", nargs="+", type=float, default=[0.2], help="of the rows with fps")
     parser.add_argument("--tile", type=int, nargs=3, default=(7, 9, 4))
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--layers", type=int, default=None)
@@ -125,13 +133,11 @@ def main() -> None:
     for name in options.models:
         for size in options.sizes:
             base = None
-            for which in options.variants:
+            for which, density in rows_of(options.variants, options.density):
                 try:
-                    out, row = variant(
-                        name, size, which, options.density, tuple(options.tile), options.rounds, options.layers
-                    )
+                    out, row = variant(name, size, which, density, tuple(options.tile), options.rounds, options.layers)
                 except Exception as error:
-                    print(name, size, which, "failed:", type(error).__name__, str(error)[:600], flush=True)
+                    print(name, size, which, density, "failed:", type(error).__name__, str(error)[:600], flush=True)
                     torch.cuda.empty_cache()
                     continue
                 if which == "inductor":

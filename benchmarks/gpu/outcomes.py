@@ -62,6 +62,7 @@ NAMED = {
     "attention to the text and, without fps, to the video (SDPA)": lambda name: "sdpa" in name and "triton" not in name,
     "products of linear layers": lambda name: name.startswith("nvjet"),
     "GELU, with FP8 also the quantization of its result": lambda name: "triton" in name and "gelu" in name,
+    "quantization by rows, that of GELU's result among it": lambda name: name == "quantize_rows_in_registers",
     "the blocks' other Inductor kernels: norms, rotary embedding, residuals, quantization": lambda name: (
         name.startswith("triton")
     ),
