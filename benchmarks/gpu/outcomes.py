@@ -141,7 +141,8 @@ def step_table(profile: dict[str, Any]) -> str:
         for kernel in kernels:
             sums[next(what for what, holds in NAMED.items() if holds(kernel["kernel"]))][variant] += kernel["ms"]
     lines = [f"| ms | {' | '.join(variants)} |", "|---|" + "---|" * len(variants)]
-    lines += [f"| {what} | {' | '.join(f'{ms:.1f}' for ms in row.values())} |" for what, row in sums.items()]
+    lines += [f"| {what} | {' | '.join(f'{ms:.1f}' for ms in row.values())} |"
+              for what, row in sums.items() if any(row.values())]  # fmt: skip
     totals = (sum(kernel["ms"] for kernel in kernels) for kernels in variants.values())
     return "\n".join([*lines, f"| all | {' | '.join(f'{total:.1f}' for total in totals)} |"])
 
