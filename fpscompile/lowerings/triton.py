@@ -11,6 +11,7 @@ slow, and meant for tests and readers.
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 
 import torch
 
@@ -18,7 +19,7 @@ from fpscompile.errors import UnsupportedError
 from fpscompile.gpu import gradients, operands, render
 from fpscompile.gpu.binary import refuse_damaged
 from fpscompile.gpu.call import head_strides, launching, phase_tensor, spec_of, why_not
-from fpscompile.gpu.config import KernelConfig, default_config, why_invalid
+from fpscompile.gpu.config import KernelConfig, default_config, padded, why_invalid
 from fpscompile.gpu.tables import Tables, row_blocks, tables_of
 from fpscompile.kernel_spec import KernelSpec
 from fpscompile.masks import BlockMask
@@ -66,11 +67,92 @@ def forward(
         return out.zero_().transpose(1, 2), lse.fill_(float("-inf"))
     phase = phase_tensor(phases, q.device)
     tables = tables_of(resolved, q.device, block_mask)
+    for at in _pieces(q, k, phase, spec, tables, resolved):
+        mask = None if key_mask is None else at.of_mask(key_mask)
+        _attend(
+            at.of(q), at.of_keys(k), at.of_keys(v), mask, at.of_phase(phase), resolved, tables, spec, config, scale,
+            at.of(out.transpose(1, 2)), at.of(lse),
+        )  # fmt: skip
+    return out.transpose(1, 2), lse
+
+
+WHOLE_BYTES = 512 << 20
+"""FP8 copies up to this size are made all at once."""
+
+
+@dataclass(frozen=True)
+class _Piece:
+    """Batch elements and heads of a call that are quantized and attended to by themselves."""
+
+    batch: slice
+    heads: slice
+    key_heads: slice
+    per_sample: int
+    """Batch elements that share an entry of the phase tensor."""
+
+    def of(self, x: torch.Tensor) -> torch.Tensor:
+        return x[self.batch, self.heads]
+
+    def of_keys(self, x: torch.Tensor) -> torch.Tensor:
+        return x[self.batch, self.key_heads]
+
+    def of_mask(self, x: torch.Tensor) -> torch.Tensor:
+        return x[self.batch if x.shape[0] > 1 else slice(None), self.heads if x.shape[1] > 1 else slice(None)]
+
+    def of_phase(self, phase: torch.Tensor) -> torch.Tensor:
+        if self.batch == slice(None):
+            return phase
+        # A copy, since kernels are compiled anew for an address of another alignment.
+        return phase[self.batch.start // self.per_sample :][:1].clone()
+
+
+def _pieces(
+    q: torch.Tensor, k: torch.Tensor, phase: torch.Tensor, spec: KernelSpec, tables: Tables, resolved: ResolvedPlan
+) -> tuple[_Piece, ...]:
+    """Half of a large call at a time, so that only half of its FP8 copies exist beside q, k, v and the output.
+
+    With all of them, attention would need more memory than dense attention does. A piece is a batch element, or half of
+    the heads of the only one; each still fills a GPU many times over. Whatever must be seen as a whole stays whole: a
+    scale of all heads, and lists of units that differ by head.
+    """
+    batch, key_heads = k.shape[:2]
+    group = q.shape[1] // key_heads
+    per_sample = batch // phase.numel()
+    size = q.shape[1] * tables.q_slots * padded(spec.head_dim)
+    size += key_heads * tables.k_slots * (padded(spec.head_dim) + padded(spec.value_dim))
+    whole = slice(None)
+    all_heads = any(part.granularity == "tensor" for part in resolved.plan.phases) or tables.keys.count.shape[1] > 1
+    if spec.quant == "fp8" and batch * size > WHOLE_BYTES:
+        if batch > 1:
+            return tuple(_Piece(slice(b, b + 1), whole, whole, per_sample) for b in range(batch))
+        if key_heads > 1 and not all_heads:
+            half = -(-key_heads // 2)
+            parts = (slice(0, half), slice(half, key_heads))
+            return tuple(_Piece(whole, slice(x.start * group, x.stop * group), x, per_sample) for x in parts)
+    return (_Piece(whole, whole, whole, per_sample),)
+
+
+def _attend(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    key_mask: torch.Tensor | None,
+    phase: torch.Tensor,
+    resolved: ResolvedPlan,
+    tables: Tables,
+    spec: KernelSpec,
+    config: KernelConfig,
+    scale: float,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+) -> None:
+    """Fill ``out`` [B, H, Lq, Dv] and ``lse``, parts of the call's."""
+    out = out.transpose(1, 2)
     with launching(q.device):
         bias = None if key_mask is None else operands.key_bias(key_mask, tables)
         packed = None
         if spec.quant == "fp8":
-            granularities = tuple(phase.granularity for phase in resolved.plan.phases)
+            granularities = tuple(part.granularity for part in resolved.plan.phases)
             packed = operands.pack(q, k, v, key_mask, phase, spec, tables, granularities, scale)
         if config.variant == "hopper":
             module = render.load("attention_hopper", spec, config)
@@ -87,8 +169,7 @@ def forward(
                 inputs += (packed.q_scale, packed.k_scale, packed.v_scale, packed.v_mean, packed.lse_shift)
             if bias is not None:
                 inputs += (bias.bias, bias.state, *head_strides(bias.bias), *head_strides(bias.state))
-            _launch(spec, config, inputs, resolved, tables, phase, batch, heads, length, scale)
-    return out.transpose(1, 2), lse
+            _launch(spec, config, inputs, resolved, tables, phase, out, scale)
 
 
 def backward(
@@ -119,17 +200,16 @@ def _launch(
     resolved: ResolvedPlan,
     tables: Tables,
     phase: torch.Tensor,
-    batch: int,
-    heads: int,
-    length: int,
+    out: torch.Tensor,
     scale: float,
 ) -> None:
     module = render.load("attention", spec, config)
+    batch, length, heads, _ = out.shape
     blocks = row_blocks(resolved.q_layout, tables.slots, int(module.BLOCK_M.value), phase.device)
     keys = tables.keys
     compiled = module.attention_forward[(len(blocks), heads, batch)](
         *inputs, keys.count, keys.index, keys.valid, blocks, tables.q_token, phase,
-        heads, length, tables.q_slots, tables.k_slots, resolved.q_layout.n_tiles,
+        heads, length, out.stride(1), tables.q_slots, tables.k_slots, resolved.q_layout.n_tiles,
         keys.count.shape[1], keys.index.shape[-1], keys.count.shape[0], batch // phase.numel(), scale,
         num_warps=config.num_warps, num_stages=config.num_stages,
     )  # fmt: skip
