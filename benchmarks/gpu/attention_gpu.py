@@ -1,6 +1,6 @@
 """The attention kernels on one GPU against every dense bf16 SDPA backend, FlexAttention and our own bf16 form.
 
-    python benchmarks/gpu/attention_gpu.py [--cases NAME ...] [--flex] [--json PATH]
+    python benchmarks/gpu/attention_gpu.py [--cases NAME ...] [--fitting] [--flex] [--json PATH]
 
 Medians of CUDA-event timings on random data. Quantization, smoothing, permutes and scatter are inside every figure of
 ours; "pre" is their share. Kept TFLOP/s count the query-key pairs of tokens that the mask keeps, nothing that padding
@@ -10,6 +10,7 @@ adds. The ceilings (bf16 and FP8 matrix products, copy) are measured first, on t
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import math
 import sys
@@ -218,6 +219,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cases", nargs="+", default=list(CASES))
     parser.add_argument("--densities", nargs="+", type=float, default=list(DENSITIES))
+    parser.add_argument("--fitting", action="store_true", help="only the tile that fits the grid")
     parser.add_argument("--flex", action="store_true", help="also FlexAttention, at density 0.2")
     parser.add_argument("--quants", nargs="+", choices=("fp8", "none"), default=("fp8", "none"))
     parser.add_argument("--json", default=None)
@@ -231,7 +233,10 @@ def main() -> None:
     for name in options.cases:
         try:
             densities, quants = tuple(options.densities), tuple(options.quants)
-            for row in rows_of(name, CASES[name], flex=options.flex, densities=densities, quants=quants):
+            case = CASES[name]
+            if options.fitting:
+                case = dataclasses.replace(case, tiles=case.tiles[-1:])
+            for row in rows_of(name, case, flex=options.flex, densities=densities, quants=quants):
                 rows.append(row)
                 show(row, peaks["fp8_tflops"])
         except Exception as error:  # the other cases are worth having
