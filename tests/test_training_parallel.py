@@ -117,43 +117,56 @@ def _port() -> int:
         return int(s.getsockname()[1])
 
 
-def _rank(rank: int, port: int, kind: str, out: str) -> None:
+def _ddp(batch: dict[str, Tensor]) -> dict[str, Tensor]:
+    model = make()
+    wrapped = torch.nn.parallel.DistributedDataParallel(model)  # must outlive the backward: it holds the reducer
+    loss_of(compiled(wrapped), batch).backward()
+    return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+
+
+def _fsdp2(batch: dict[str, Tensor]) -> dict[str, Tensor]:
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+    from torch.distributed.tensor import DTensor
+
+    model, mesh = make(), init_device_mesh("cpu", (2,))
+    for block in model.blocks:
+        fully_shard(block, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+    # Sharding hooks break the graph at each block: neither timestep nor grid is in the blocks' graphs.
+    loss_of(compiled(model, CONSTANT), batch).backward()
+    grads = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    return {name: g.full_tensor() if isinstance(g, DTensor) else g for name, g in grads.items()}
+
+
+KINDS: dict[str, Callable[[dict[str, Tensor]], dict[str, Tensor]]] = {"ddp": _ddp, "fsdp2": _fsdp2}
+
+
+def _rank(rank: int, port: int, folder: str) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
     try:
-        model, batch = make(), inputs()
-        half = {name: value[2 * rank : 2 * rank + 2] for name, value in batch.items()}
-        if kind == "ddp":
-            wrapped = torch.nn.parallel.DistributedDataParallel(model)
-            loss_of(compiled(wrapped), half).backward()
-            grads = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
-        else:
-            from torch.distributed.device_mesh import init_device_mesh
-            from torch.distributed.fsdp import fully_shard
-            from torch.distributed.tensor import DTensor
-
-            mesh = init_device_mesh("cpu", (2,))
-            for block in model.blocks:
-                fully_shard(block, mesh=mesh)
-            fully_shard(model, mesh=mesh)
-            # Sharding hooks break the graph at each block: neither timestep nor grid is in the blocks' graphs.
-            loss_of(compiled(model, CONSTANT), half).backward()
-            grads = {}
-            for name, p in model.named_parameters():
-                if p.grad is not None:
-                    grads[name] = p.grad.full_tensor() if isinstance(p.grad, DTensor) else p.grad
-        if rank == 0:
-            torch.save(grads, out)
+        half = {name: value[2 * rank : 2 * rank + 2] for name, value in inputs().items()}
+        for kind, train in KINDS.items():
+            grads = train(half)
+            if rank == 0:
+                torch.save(grads, Path(folder) / f"{kind}.pt")
     finally:
         dist.destroy_process_group()
 
 
-@pytest.mark.parametrize("kind", ["ddp", "fsdp2"])
-def test_two_processes(kind: str, alone: dict[str, Tensor], tmp_path: Path) -> None:
-    out = tmp_path / "gradients.pt"
+@pytest.fixture(scope="module")
+def two_processes(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the gradients of each kind; the processes, whose imports take most of the time, start once."""
+    folder = tmp_path_factory.mktemp("ranks")
     start: Callable[..., Any] = mp.spawn
-    start(_rank, args=(_port(), kind, str(out)), nprocs=2, join=True)
+    start(_rank, args=(_port(), str(folder)), nprocs=2, join=True)
+    return folder
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_two_processes(kind: str, alone: dict[str, Tensor], two_processes: Path) -> None:
     if kind == "fsdp2":
         model = make()
         alone = gradients(model, compiled(model, CONSTANT), inputs())
-    close(torch.load(out), alone)
+    close(torch.load(two_processes / f"{kind}.pt"), alone)
