@@ -9,9 +9,31 @@ output of attention), or GELU does, one kernel reads and writes each row once (:
 
 from __future__ import annotations
 
+import functools
+
 import torch
 from quantize_rows import E4M3_MAX, MOST, quantize_rows
 from torch import nn
+
+
+@functools.cache
+def product_takes_bias(device: torch.device) -> bool:
+    """Whether ``torch._scaled_mm`` adds a bias to a product with one scale per row: tried on a small one.
+
+    Added afterwards, it is a pointwise operation between the product and what follows, of which Inductor makes float32
+    intermediates: a block of Wan needs a quarter more memory with it.
+    """
+    if device.type != "cuda":
+        return False
+    a, b = (torch.randn(64, 64, device=device).to(torch.float8_e4m3fn) for _ in range(2))
+    bias = 50.0 * torch.randn(64, device=device).to(torch.bfloat16)
+    scales = {"scale_a": torch.rand(64, 1, device=device), "scale_b": torch.rand(1, 64, device=device)}
+    common = {**scales, "out_dtype": torch.bfloat16, "use_fast_accum": True}
+    try:
+        found = torch._scaled_mm(a, b.t(), bias=bias, **common)
+    except RuntimeError:
+        return False
+    return torch.allclose(found, torch._scaled_mm(a, b.t(), **common) + bias, rtol=2e-2, atol=0.5)
 
 
 class Fp8Linear(nn.Module):
@@ -20,10 +42,9 @@ class Fp8Linear(nn.Module):
     Args:
         linear: what it takes the place of.
         own_kernel: quantize by one kernel of its own, not by what Inductor fuses with what comes before.
-        add_bias: False leaves the bias to whoever takes the result.
     """
 
-    def __init__(self, linear: nn.Linear, own_kernel: bool = False, add_bias: bool = True) -> None:
+    def __init__(self, linear: nn.Linear, own_kernel: bool = False) -> None:
         super().__init__()
         weight = linear.weight.detach()
         scale = weight.float().abs().amax(1, keepdim=True).clamp(min=1e-12) / E4M3_MAX
@@ -31,25 +52,77 @@ class Fp8Linear(nn.Module):
         self.register_buffer("scale", scale.t().contiguous())  # [1, out]
         self.bias = linear.bias
         self.own_kernel = own_kernel
-        self.add_bias = add_bias
+        self.bias_in_product = product_takes_bias(weight.device) and weight.dtype == torch.bfloat16
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        rows = x.reshape(-1, x.shape[-1])
         if self.own_kernel:
-            quantized, scale = quantize_rows(rows, None, False)
+            quantized, scale = quantize_rows(x.reshape(-1, x.shape[-1]), None, False)
         else:
-            scale = rows.float().abs().amax(1, keepdim=True).clamp(min=1e-12) / E4M3_MAX
-            quantized = (rows.float() / scale).to(torch.float8_e4m3fn)
-        return self.multiply(quantized, scale, x)
-
-    def multiply(self, quantized: torch.Tensor, scale: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-        """The product of operands that are quantized already, in the dtype and the leading shape of ``x``."""
+            quantized, scale = quantized_rows(x)
+        inside = {"bias": self.bias} if self.bias is not None and self.bias_in_product else {}
         out = torch._scaled_mm(
-            quantized, self.weight.t(), scale_a=scale, scale_b=self.scale, out_dtype=x.dtype, use_fast_accum=True
-        )
-        if self.bias is not None and self.add_bias:
+            quantized, self.weight.t(), scale_a=scale, scale_b=self.scale, out_dtype=x.dtype, use_fast_accum=True,
+            **inside,
+        )  # fmt: skip
+        if self.bias is not None and not inside:
             out = out + self.bias
         return out.view(*x.shape[:-1], -1)
+
+
+def quantized_rows(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """E4M3 [rows, n] and scales f32 [rows, 1] by operations that Inductor fuses with a norm before them."""
+    rows = x.reshape(-1, x.shape[-1])
+    scale = rows.float().abs().amax(1, keepdim=True).clamp(min=1e-12) / E4M3_MAX
+    return (rows.float() / scale).to(torch.float8_e4m3fn), scale
+
+
+ROWS = 16384
+"""About so many rows go through a feed-forward at a time, so that its hidden values need not all exist at once."""
+
+
+@torch.library.custom_op("fps_bench::feed_forward", mutates_args=())
+def fp8_feed_forward(
+    x: torch.Tensor,
+    scale: torch.Tensor,
+    first: torch.Tensor,
+    first_scale: torch.Tensor,
+    first_bias: torch.Tensor | None,
+    second: torch.Tensor,
+    second_scale: torch.Tensor,
+    second_bias: torch.Tensor | None,
+) -> torch.Tensor:
+    """GELU(x first^T + bias) second^T + bias in bfloat16.
+
+    Args:
+        x: E4M3 [rows, n], with scale f32 [rows, 1].
+        first: E4M3 [m, n], with first_scale f32 [1, m] and first_bias [m].
+        second: E4M3 [k, m], with second_scale f32 [1, k] and second_bias [k]: None where the caller adds it.
+    """
+    out = _feed_forward_shape(x, scale, first, first_scale, first_bias, second)
+    pieces = max(1, x.shape[0] // ROWS)
+    common = {"out_dtype": out.dtype, "use_fast_accum": True}
+    last = {} if second_bias is None else {"bias": second_bias}
+    for at in torch.arange(x.shape[0]).tensor_split(pieces):
+        rows = slice(int(at[0]), int(at[-1]) + 1)
+        hidden = torch._scaled_mm(x[rows], first.t(), scale_a=scale[rows], scale_b=first_scale, **common)
+        values, hidden_scale = quantize_rows(hidden, first_bias, True)
+        del hidden
+        operands = {"scale_a": hidden_scale, "scale_b": second_scale, **last, **common}
+        torch._scaled_mm(values, second.t(), **operands, out=out[rows])
+    return out
+
+
+@fp8_feed_forward.register_fake
+def _feed_forward_shape(
+    x: torch.Tensor,
+    scale: torch.Tensor,
+    first: torch.Tensor,
+    first_scale: torch.Tensor,
+    first_bias: torch.Tensor | None,
+    second: torch.Tensor,
+    *_: object,
+) -> torch.Tensor:
+    return x.new_empty(x.shape[0], second.shape[0], dtype=torch.bfloat16)
 
 
 class Fp8FeedForward(nn.Module):
@@ -57,13 +130,19 @@ class Fp8FeedForward(nn.Module):
 
     def __init__(self, first: nn.Linear, second: nn.Linear) -> None:
         super().__init__()
-        self.first = Fp8Linear(first, add_bias=False)
+        self.first = Fp8Linear(first)
         self.second = Fp8Linear(second)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        hidden = self.first(x)
-        quantized, scale = quantize_rows(hidden.view(-1, hidden.shape[-1]), self.first.bias, True)
-        return self.second.multiply(quantized, scale, hidden)
+        quantized, scale = quantized_rows(x)
+        inside = self.second.bias if self.second.bias_in_product else None
+        out = fp8_feed_forward(
+            quantized, scale, self.first.weight, self.first.scale, self.first.bias, self.second.weight,
+            self.second.scale, inside,
+        )  # fmt: skip
+        if inside is None and self.second.bias is not None:
+            out = out + self.second.bias
+        return out.view(*x.shape[:-1], -1)
 
 
 def feed_forward(module: nn.Module) -> tuple[nn.Linear, nn.Linear] | None:
