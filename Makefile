@@ -78,6 +78,7 @@ bench: $(READY)
 	$(BIN)/python benchmarks/topk_cost.py --json benchmarks/results/topk_cost.json
 	$(BIN)/python benchmarks/autotune_cpu.py --json benchmarks/results/autotune_cpu.json
 	$(BIN)/python benchmarks/calibrate_cpu.py --json benchmarks/results/calibrate_cpu.json
+	$(BIN)/python benchmarks/calibrate_trained.py --json benchmarks/results/calibrate_trained.json
 	$(BIN)/python benchmarks/model_cpu.py
 	$(BIN)/python benchmarks/training_cpu.py
 	$(BIN)/python benchmarks/compile_time.py

@@ -6,7 +6,7 @@ phases of a site, of any family or of the static ones, at the same error; the er
 of each head's attention its best tiles hold, whatever window might find them: where a tenth of the tiles holds little,
 no window can.
 
-    python benchmarks/calibrate_trained.py [--samples 32] [--steps 8] [--weights PATH] [--json PATH]
+    python benchmarks/calibrate_trained.py [--samples 32] [--steps 5] [--weights PATH] [--json PATH]
 """
 
 from __future__ import annotations
@@ -35,7 +35,6 @@ from fpscompile.settings import Settings
 
 WEIGHTS = ROOT / "examples" / "small_wan" / "weights.safetensors"
 ERRORS = (0.05, 0.1, 0.2)
-TILES = ((2, 2, 2), (1, 2, 2))
 SHARES = (0.1, 0.25, 0.5)
 """Of the tiles."""
 RANGES = ((0.0, 0.2), (0.2, 0.6), (0.6, 1.0))
@@ -118,10 +117,10 @@ def concentration(pipe: Pipeline, tile: Sequence[int], count: int) -> list[dict[
 
 
 def beside_static(rows: list[dict[str, Any]]) -> None:
-    """Writes into each row what one static window needs at its tile and error."""
-    static = {(str(r["tile"]), r["max_error"]): r["one_window"] for r in rows if r["candidates"] == "windows"}
+    """Writes into each row what one static window needs at its error."""
+    static = {r["max_error"]: r["one_window"] for r in rows if r["candidates"] == "windows"}
     for one in rows:
-        one["one_static"] = static[str(one["tile"]), one["max_error"]]
+        one["one_static"] = static[one["max_error"]]
         one["gain_static"] = one["one_static"] / one["density"]
 
 
@@ -152,21 +151,21 @@ HEADS: dict[str, Callable[[Any], str]] = {
 def main(argv: list[str] | None = None) -> dict[str, Any]:
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
     parser.add_argument("--samples", type=int, default=32, help="clips; half of them are held out")
-    parser.add_argument("--steps", type=int, default=8, help="denoising steps of each")
+    parser.add_argument("--steps", type=int, default=5, help="denoising steps of each")
+    parser.add_argument("--tile", type=int, nargs=3, default=(2, 2, 2), metavar=("T", "H", "W"))
     parser.add_argument("--errors", type=float, nargs="+", default=ERRORS)
     parser.add_argument("--weights", type=Path, default=WEIGHTS)
     parser.add_argument("--quick", action="store_true", help="few samples, one budget, for continuous integration")
     parser.add_argument("--json", type=Path, help="also write the rows to this file")
     args = parser.parse_args(argv)
-    tiles, errors, count = (TILES[:1], [0.1], 4) if args.quick else (TILES, args.errors, args.samples)
+    errors, count = ([0.1], 4) if args.quick else (args.errors, args.samples)
     pipe = Pipeline(args.weights, args.steps)
     rows = []
     with tempfile.TemporaryDirectory() as folder:
-        for tile in tiles:
-            for content in (False, True):
-                rows += [row(pipe, tile, content, error, count, Path(folder) / "t.json") for error in errors]
+        for content in (False, True):
+            rows += [row(pipe, args.tile, content, error, count, Path(folder) / "t.json") for error in errors]
     beside_static(rows)
-    heads = concentration(pipe, tiles[0], 2 if args.quick else 8)
+    heads = concentration(pipe, args.tile, 2 if args.quick else 8)
     summary = {
         "gain": [min(r["gain"] for r in rows), max(r["gain"] for r in rows)],
         "gain_static": [min(r["gain_static"] for r in rows), max(r["gain_static"] for r in rows)],
@@ -174,7 +173,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         "heads": heads,
     }
     print_table(f"Calibration of {args.weights.name}: a window per head and phase against one for all", COLUMNS, rows)
-    print_table(f"Attention in the heaviest tiles of each query tile, tile {_x(tiles[0])}", HEADS, heads)
+    print_table(f"Attention in the heaviest tiles of each query tile, tile {_x(args.tile)}", HEADS, heads)
     if args.json:
         write_json(args.json, "calibrate_trained", rows, summary)
     return summary

@@ -353,8 +353,15 @@ def _check_option_grid(state: GraphState) -> None:
                     "the grid needs no telling here"
                 )
     if not any(site.kind == "3d" for site in state.sites):
+        tokens = grid[0] * grid[1] * grid[2]
+        for site in state.sites:
+            if site.rejection is not None and site.shape[2].hint == tokens:
+                raise GridError(
+                    f"options['grid']={grid} is of as many tokens as {site.node} has, which is declined all the same: "
+                    f"{site.rejection.message}"
+                )
         lengths = sorted({site.shape[2].hint for site in state.sites if site.kind != "cross"}, reverse=True)
         raise GridError(
-            f"options['grid']={grid} has {grid[0] * grid[1] * grid[2]} tokens, but the self-attention calls have "
+            f"options['grid']={grid} has {tokens} tokens, but the self-attention calls have "
             f"{', '.join(map(str, lengths)) or 'none'}: give the grid after patchify, along (t, h, w)"
         )

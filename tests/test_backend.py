@@ -280,6 +280,16 @@ def test_grid_option_that_fits_nothing_is_refused() -> None:
         torch.compile(PackedDiT("matmul").eval(), backend=backend(grid=(3, 6, 9)))(**packed())
 
 
+def test_grid_option_for_calls_that_are_declined_says_why() -> None:
+    """As many tokens are not enough: q, k and v that come from outside may be of different ones."""
+    q, k, v = (torch.randn(1, 2, 180, 16) for _ in range(3))
+    attend = torch.compile(
+        lambda q, k, v: nn.functional.scaled_dot_product_attention(q, k, v), backend=backend(grid=(3, 6, 10))
+    )
+    with pytest.raises(torch._dynamo.exc.BackendCompilerFailed, match=r"declined all the same: .*keys"):
+        attend(q, k, v)
+
+
 def test_unknown_grid_is_a_reason_and_an_error_under_strict() -> None:
     fps = backend()
     torch.compile(PackedDiT("matmul").eval(), backend=fps)(**packed())
