@@ -77,7 +77,7 @@ def name(case: tuple[int, ...]) -> str:
 
 
 FAST = ((0, 0), (1, 0), (2, 2), (3, 1))
-"""Tile and head dim of the cases that every run takes; all take minutes in the interpreter."""
+"""Tile and head dim of the cases that every run takes: 7 to 17 seconds each in the interpreter."""
 
 
 @pytest.mark.parametrize(
