@@ -221,9 +221,12 @@ def model_gpu(report: dict[str, Any]) -> list[Row]:
     out = []
     for row in report["rows"]:
         if row is not base:
-            density = f"density {report['options']['density']:g}, " if "fps" in row["variant"] else ""
+            density = f"density {row['density']:g}, " if "fps" in row["variant"] else ""
             what = f"Wan {row['model']} {row['size']}, one step, {density}{row['variant']}, against Inductor in bf16"
-            figure = f"{row['speedup']:.2f}x ({base['ms'] / 1e3:.2f} s to {row['ms'] / 1e3:.2f} s)"
+            peak = (
+                f"; peak memory above the weights {base['peak_mib'] / 1024:.2f} GiB to {row['peak_mib'] / 1024:.2f} GiB"
+            )
+            figure = f"{row['speedup']:.2f}x ({base['ms'] / 1e3:.2f} s to {row['ms'] / 1e3:.2f} s){peak}"
             out.append((what, figure, aims.get(row["variant"], "")))
     return out
 
