@@ -28,6 +28,10 @@ ENCODER = (
     "call torch.backends.mha.set_fastpath_enabled(False) before compiling, so that the layer's attention is a call of "
     "its own"
 )
+EINOPS = (
+    "PyTorch before 2.12 keeps calls of einops whole, so it is left as it is. Write torch.einsum and torch's views in "
+    "their place, or compile with PyTorch 2.12 or later"
+)
 ATTENTION = ("attn", "attention", "attend", "sdpa", "mha")
 OWN = ("hop::", "fps::", "prims::")
 FUSED = {"_transformer_encoder_layer_fwd": ENCODER, "_native_multi_head_attention": ENCODER}
@@ -67,11 +71,15 @@ def notes_on_breaks(gm: fx.GraphModule, sites: Sequence[SiteRecord], near_misses
 def _hidden(gm: fx.GraphModule) -> list[Note]:
     """Warnings of ops that hold attention, or look as if they did."""
     found: dict[str, str] = {}
+    softmaxed = _softmaxed(gm)
     for node in gm.graph.nodes:
         if node.op != "call_function":
             continue
         name = target_name(node)
-        if name in FUSED:
+        if name.startswith("einops.") and name.endswith("::einsum"):
+            if softmaxed.intersection(node.all_input_nodes):
+                found[name] = f"{node} multiplies the weights of a softmax, as attention does: {EINOPS}"
+        elif name in FUSED:
             found[name] = f"{name} holds attention that cannot be rewritten: {FUSED[name]}"
         elif "::" in name and not name.startswith(OWN) and not is_declared(name) and _takes_three(node):
             found[name] = (
@@ -79,6 +87,17 @@ def _hidden(gm: fx.GraphModule) -> list[Note]:
                 "is. Call torch.nn.functional.scaled_dot_product_attention in its place to have it rewritten"
             )
     return [Note("warning", "hidden-attention", message) for message in found.values()]
+
+
+def _softmaxed(gm: fx.GraphModule) -> set[fx.Node]:
+    """What a softmax gives, and what casts, dropout and products with one operand make of it."""
+    found: set[fx.Node] = set()
+    for node in gm.graph.nodes:
+        tensors = [source for source in node.all_input_nodes if fake_tensor(source) is not None]
+        carried = len(tensors) == 1 and tensors[0] in found and not target_name(node).endswith("::einsum")
+        if target_name(node) in ("softmax", "_softmax") or (node.op != "output" and carried):
+            found.add(node)
+    return found
 
 
 def _takes_three(node: fx.Node) -> bool:

@@ -164,6 +164,36 @@ def test_einops() -> None:
     assert outcome.error <= 1e-5
 
 
+def kept_whole(function: Callable[..., Any]) -> Callable[..., Any]:
+    """One more function of this name, which Dynamo does not look into."""
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        return function(*args, **kwargs)
+
+    call.__name__, call.__module__ = function.__name__, function.__module__
+    return torch._dynamo.allow_in_graph(call)
+
+
+def test_einops_calls_that_stay_whole_are_named() -> None:
+    """As torch 2.11 captures them; what is no attention is not mistaken for it."""
+    einops = pytest.importorskip("einops")
+    rearrange, einsum = kept_whole(einops.rearrange), kept_whole(einops.einsum)
+
+    def function(video: torch.Tensor, attends: bool) -> torch.Tensor:
+        q = rearrange(video, "b (n d) t h w -> (b n) (t h w) d", n=HEADS)
+        scores = einsum(q, q * 2, "b i d, b j d -> b i j") * SCALE
+        weights = scores.softmax(-1).to(q.dtype) if attends else scores.sigmoid()
+        return einsum(weights, q + 1, "b i j, b j d -> b i d")
+
+    for attends in (True, False):
+        torch._dynamo.reset()
+        fps = Backend(Settings.from_options({"inner": "eager", "density": 0.5}))
+        torch.compile(lambda video, attends=attends: function(video, attends), backend=fps)(latent())
+        messages = [note.message for note in fps.graphs[0].notes if note.code == "hidden-attention"]
+        assert bool(messages) == attends
+        assert all("torch.einsum" in message and "2.12" in message for message in messages)
+
+
 def written(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
     return (q @ k.mT * SCALE).softmax(-1) @ v
 
