@@ -176,7 +176,9 @@ def make_case(
         return x.view(torch.float8_e4m3fn)
 
     def scales(n: int) -> torch.Tensor:
-        return 0.01 * 4.0 ** torch.rand(batch, n, tiles, slots // SUBTILE if subtile else 1, device=DEVICE)
+        # Scores up to about 17. Of scores up to 65 (twice as large here), the 13 or 14 bits in which FP8 products are
+        # summed leave an error of 2e-2: more than the checks allow.
+        return 0.005 * 4.0 ** torch.rand(batch, n, tiles, slots // SUBTILE if subtile else 1, device=DEVICE)
 
     v = values(key_heads, value_dim)
     stored = torch.empty(batch, key_heads, v.shape[-1], total, dtype=torch.float8_e4m3fn, device=DEVICE)

@@ -52,6 +52,15 @@ def test_small_cases_can_be_launched(probe: ModuleType, name: str) -> None:
     assert grid[0] >= len(case.q_blocks)
 
 
+def test_scores_are_small_enough_for_fp8_products(probe: ModuleType) -> None:
+    """Their sums have 13 or 14 bits: an error of 2^-12 of the largest score must stay within the checks' 1e-2."""
+    case = probe.small_case(slots=64)
+    q, k = (x[0, 0].float() * s[0, 0].repeat_interleave(64, 0) for x, s in (
+        (case.packed.q, case.packed.q_scale), (case.packed.k, case.packed.k_scale),
+    ))  # fmt: skip
+    assert 1.0 < (q @ k.T * case.scale).abs().max() < 1e-2 * 2**12
+
+
 @pytest.mark.parametrize("tile", [(7, 9, 4), (4, 8, 8), (4, 4, 4)])
 def test_what_the_lists_name_exists(probe: ModuleType, tile: tuple[int, int, int]) -> None:
     """No entry that the kernel may follow leads out of a tensor: a list reaches `count` entries, a block its rows."""
