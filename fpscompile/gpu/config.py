@@ -179,6 +179,8 @@ def default_config(spec: KernelSpec) -> KernelConfig:
         choices = [KernelConfig(min(m, slots), warps, stages) for m in rows for stages in depths]
     elif _single(spec):
         choices = [KernelConfig(min(m, slots), 8, stages) for m in (32, 16) for stages in (2, 1)]
+    elif not wide and (biased := _biased_rows(spec)):
+        choices = [KernelConfig(min(biased, slots), 8, 2)]
     elif wide or _crowded(spec) or (spec.quant == "none" and spec.target in ("cuda:100", "cuda:103", "cuda:120")):
         choices = [KernelConfig(min(m, slots), 8, stages) for m in (64, 32, 16) for stages in (2, 1)]
     elif spec.quant == "fp8" and (spec.target not in ("cuda:80", "cuda:89") or slots < 128):
@@ -198,6 +200,13 @@ def _crowded(spec: KernelSpec) -> bool:
     """
     few = 96 if spec.quant == "none" and spec.target == "cuda:90" else 64
     return _columns_differ(spec) and max(spec.head_dim, spec.value_dim) > few
+
+
+def _biased_rows(spec: KernelSpec) -> int | None:
+    """Rows that do not spill where a mask meets unquantized operands padded to 128 features; None elsewhere."""
+    if spec.quant != "none" or spec.key_mask == "none" or max(spec.head_dim, spec.value_dim) <= 64:
+        return None
+    return {"cuda:80": 64, "cuda:89": 32, "cuda:100": 32, "cuda:103": 32}.get(spec.target)  # with eight warps
 
 
 def _columns_differ(spec: KernelSpec) -> bool:
