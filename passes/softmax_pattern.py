@@ -17,6 +17,7 @@ Every violation is a :class:`~fpscompile.ir.Rejection` that names the node. Drop
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -45,7 +46,26 @@ def normalize_softmax(state: GraphState, softmax: fx.Node) -> bool:
         return found.replace(state)
     if found is not None:
         state.near_misses.append(found)
+    else:
+        _note_unread(state, softmax)
     return False
+
+
+def _note_unread(state: GraphState, softmax: fx.Node) -> None:
+    """A softmax with several values on each of several rows, around which no product is known: nothing stays unsaid."""
+    shape = shape_of(softmax)
+    if len(shape) >= 2 and all(not isinstance(n, int) or n > 1 for n in shape[-2:]):
+        state.note(
+            "info",
+            "softmax",
+            f"{softmax}: a softmax over {_sizes(shape)} is not read as attention, since no two products that belong to "
+            "it were found; if it is, write them with matmul, bmm, baddbmm or einsum, or call "
+            "scaled_dot_product_attention",
+        )
+
+
+def _sizes(shape: Sequence[Any]) -> str:
+    return f"[{', '.join(map(str, shape))}]"
 
 
 def written_softmax(state: GraphState, node: fx.Node) -> bool:

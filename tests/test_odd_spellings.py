@@ -371,3 +371,25 @@ def test_counted_axes_must_agree_with_a_published_grid(grid: Any, code: str | No
         _, fps = compiled(Counted().eval(), torch.randn(2, LENGTH, WIDTH), grid=grid)
     (site,) = fps.graphs[0].sites
     assert (site.kind, site.reason_code) == ("3d", code)
+
+
+def scores_by_tensordot(self: Video, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    scores = torch.tensordot(q[0, 0], k[0, 0], ([1], [1])) * SCALE
+    return scores.softmax(-1) @ v[0, 0]
+
+
+def scores_by_sums(self: Video, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    return ((q[:, :, :, None] * k[:, :, None]).sum(-1) * SCALE).softmax(-1) @ v
+
+
+@pytest.mark.parametrize("attend", [scores_by_tensordot, scores_by_sums], ids=lambda attend: attend.__name__)
+def test_a_softmax_that_is_not_read_is_named(attend: Callable[..., torch.Tensor]) -> None:
+    model, x = spelled(attend)(), torch.randn(1, 4, 3, 8, 10)
+    backend = Backend(Settings.from_options(OPTIONS))
+    with torch.no_grad():
+        assert torch.equal(torch.compile(model, backend=backend)(x), model(x))
+    (graph,) = backend.graphs
+    assert not graph.sites
+    (note,) = [note for note in graph.notes if note.code == "softmax"]
+    assert "a softmax over" in note.message
+    assert "scaled_dot_product_attention" in note.message
