@@ -308,7 +308,7 @@ def test_one_info_record_tells_the_densities(caplog: pytest.LogCaptureFixture) -
         )
     infos = [record.getMessage() for record in caplog.records if "density per phase" in record.getMessage()]
     assert len(infos) == 1
-    assert infos[0].startswith("rewrote 2 of 4 attention calls; density per phase: 1.000 / 0.3")
+    assert infos[0].startswith("rewrote 2 of 4 attention calls; density per phase: 1.000 / 0.267 / 0.178")
 
 
 def test_disabled_by_environment(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -62,15 +62,15 @@ def test_text_of_cogvideox_with_text_first_and_unknown_progress() -> None:
                                                                heads                               density         FLOPs
 n  sites                 kind  grid      segments              x dim  tokens  outcome              per phase        kept
 ------------------------------------------------------------------------------------------------------------------------
-3  transformer_blocks.{  3d    13x30x45  other 226 + video     48x64   17776  rewritten via boxes  0.10 0.25 0.15    25%
+3  transformer_blocks.{  3d    13x30x45  other 226 + video     48x64   17776  rewritten via boxes  0.08 0.25 0.14    25%
    0..2}.attn1                           17550
 
 schedule: paper
 phase  progress    window (tiles)  of     density  granularity      tile
 -------------------------------------------------------------------------
-0      [0, 0.2)    2x1x6           7x4x6  0.100    fp8 per head     2x8x8
+0      [0, 0.2)    2x2x2           7x4x6  0.079    fp8 per head     2x8x8
 1      [0.2, 0.8)  3x4x3           7x4x6  0.248    fp8 per subtile  2x8x8
-2      [0.8, 1]    1x4x5           7x4x6  0.149    fp8 per tile     2x8x8
+2      [0.8, 1]    2x3x3           7x4x6  0.142    fp8 per tile     2x8x8
 
 grid          published by fpscompile.attach
 progress      unknown: every step runs phase 1, the densest. Wrap the loop in fpscompile.attach(model), or name the
