@@ -129,9 +129,11 @@ def test_window_for_density_prefers_alike_axes() -> None:
 
 
 def test_window_for_density_looks_across_every_axis_where_one_fits() -> None:
-    layout = TileLayout((6, 6, 10), (1, 1, 1))
+    layout = TileLayout((21, 45, 80), (4, 8, 8))
     assert window_density(layout, layout, (6, 6, 1)) == pytest.approx(0.1)
-    assert not apart(window_for_density(layout, layout, 0.1), layout.counts)
+    chosen = window_for_density(layout, layout, 0.1)
+    assert not apart(chosen, layout.counts)
+    assert 0.09 < window_density(layout, layout, chosen) < 0.1  # so it is not the largest
     assert apart(window_for_density(layout, layout, 0.01), layout.counts)  # nothing that looks across fits
 
 
