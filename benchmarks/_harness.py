@@ -88,6 +88,27 @@ def _processor() -> str:
     return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), "unknown")
 
 
+def dims_text(value: Sequence[int]) -> str:
+    """How tables print a grid, a tile or a window.
+
+    >>> dims_text((4, 8, 8))
+    '4x8x8'
+    """
+    return "x".join(map(str, value))
+
+
+def replace_rows(
+    earlier: Sequence[dict[str, Any]], again: Sequence[dict[str, Any]], keys: Sequence[str]
+) -> list[dict[str, Any]]:
+    """``earlier`` with the rows that were measured again replaced; ``keys`` are the fields that tell rows apart."""
+
+    def key(row: dict[str, Any]) -> str:
+        return json.dumps([row[name] for name in keys])
+
+    news = {key(row): row for row in again}
+    return [news.pop(key(row), row) for row in earlier] + list(news.values())
+
+
 def print_table(title: str, columns: Mapping[str, Callable[[Any], str]], rows: Sequence[Mapping[str, Any]]) -> None:
     """``rows`` on the terminal.
 

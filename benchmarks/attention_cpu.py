@@ -26,7 +26,7 @@ import torch.nn.functional as F
 
 sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve().parents[1])]
 
-from _harness import geomean, int8_peak, interleave, matmul_peak, print_table, write_json
+from _harness import dims_text, geomean, int8_peak, interleave, matmul_peak, print_table, replace_rows, write_json
 
 from fpscompile import lowerings
 from fpscompile.plan import PhasePlan, Plan, ResolvedPlan, resolve
@@ -244,28 +244,14 @@ def summarize(rows: list[dict[str, Any]]) -> dict[str, Any]:
     return summary
 
 
-def replace_rows(earlier: list[dict[str, Any]], again: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """``earlier`` with the rows that were measured again replaced: for a row that another process disturbed."""
-
-    def key(row: dict[str, Any]) -> str:
-        return json.dumps([row[name] for name in KEYS])
-
-    news = {key(row): row for row in again}
-    return [news.pop(key(row), row) for row in earlier] + list(news.values())
-
-
 KEYS = ("tokens", "grid", "tile", "window", "heads", "head_dim", "dtype", "direction", "lowering")
-
-
-def _x(value: Any) -> str:
-    return "x".join(map(str, value))
 
 
 COLUMNS: dict[str, Callable[[Any], str]] = {
     "tokens": str,
-    "grid": _x,
-    "tile": _x,
-    "window": _x,
+    "grid": dims_text,
+    "tile": dims_text,
+    "window": dims_text,
     "heads": str,
     "head_dim": str,
     "dtype": str,
@@ -318,7 +304,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
             peak=peaks[shape.precision],
         )
     if args.filter and args.json and args.json.exists():
-        rows = replace_rows(json.loads(args.json.read_text())["rows"], rows)
+        rows = replace_rows(json.loads(args.json.read_text())["rows"], rows, KEYS)
     summary = summarize(rows)
     direction = "forward + backward" if args.backward else "forward"
     print_table(f"{args.lowering} against dense attention, {direction}", COLUMNS, rows)

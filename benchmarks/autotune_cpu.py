@@ -30,7 +30,7 @@ import torch
 
 sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve().parents[1])]
 
-from _harness import geomean, print_table, write_json
+from _harness import geomean, print_table, replace_rows, write_json
 
 from fpscompile import cpp_build
 from fpscompile.errors import FpsError
@@ -210,8 +210,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     if args.build:
         return {}
     if args.only and args.json and args.json.exists():
-        names = [row["shape"] for row in rows]
-        rows += [row for row in json.loads(args.json.read_text())["rows"] if row["shape"] not in names]
+        rows = replace_rows(json.loads(args.json.read_text())["rows"], rows, ["shape"])
     summary = summarize(rows)
     print_table("Tuned kernel against exhaustive search (interleaved medians)", COLUMNS, rows)
     print(", ".join(f"{name} {value:.3f}" for name, value in summary.items()))

@@ -25,7 +25,7 @@ import torch
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(Path(__file__).resolve().parent), str(ROOT), str(ROOT / "examples")]
 
-from _harness import print_table, write_json
+from _harness import dims_text, print_table, write_json
 from small_wan import checkpoint, flow
 from small_wan.model import Size, build, velocity
 
@@ -124,12 +124,8 @@ def beside_static(rows: list[dict[str, Any]]) -> None:
         one["gain_static"] = one["one_static"] / one["density"]
 
 
-def _x(value: Any) -> str:
-    return "x".join(map(str, value))
-
-
 COLUMNS: dict[str, Callable[[Any], str]] = {
-    "tile": _x,
+    "tile": dims_text,
     "candidates": str,
     "max_error": "{:.0%}".format,
     "density": "{:.3f}".format,
@@ -173,7 +169,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         "heads": heads,
     }
     print_table(f"Calibration of {args.weights.name}: a window per head and phase against one for all", COLUMNS, rows)
-    print_table(f"Attention in the heaviest tiles of each query tile, tile {_x(args.tile)}", HEADS, heads)
+    print_table(f"Attention in the heaviest tiles of each query tile, tile {dims_text(args.tile)}", HEADS, heads)
     if args.json:
         write_json(args.json, "calibrate_trained", rows, summary)
     return summary

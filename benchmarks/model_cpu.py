@@ -27,7 +27,7 @@ from diffusers import WanTransformer3DModel
 
 sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve().parents[1])]
 
-from _harness import interleave, print_table, write_json
+from _harness import dims_text, interleave, print_table, write_json
 
 import fpscompile
 from fpscompile.backend import fps
@@ -132,15 +132,11 @@ def measure(case: Case, name: str, *, density: float, rounds: int, budget: float
     }
 
 
-def _x(value: Any) -> str:
-    return "x".join(map(str, value))
-
-
 COLUMNS: dict[str, Callable[[Any], str]] = {
     "dtype": str,
     "tokens": str,
-    "tile": _x,
-    "window": _x,
+    "tile": dims_text,
+    "window": dims_text,
     "lowering": str,
     "density": "{:.3f}".format,
     "inductor_s": "{:.2f}".format,

@@ -22,7 +22,7 @@ import torch
 
 sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve().parents[1])]
 
-from _harness import interleave, print_table, write_json
+from _harness import dims_text, interleave, print_table, write_json
 
 from fpscompile.lowerings import cpp
 from fpscompile.plan import PhasePlan, Plan, ResolvedPlan, resolve
@@ -130,7 +130,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     args = parser.parse_args(argv)
     tables = {"memory": memory(args), "length": lengths(args), "grids": grids(args)}
     forms: dict[str, Callable[[Any], str]] = {
-        "case": str, "grid": lambda grid: "x".join(map(str, grid)), "tokens": str, "density": "{:.3f}".format,
+        "case": str, "grid": dims_text, "tokens": str, "density": "{:.3f}".format,
         "ms": "{:.1f}".format, "ps_per_pair": "{:.1f}".format, "output_mib": "{:.1f}".format,
         "packed_kv_mib": "{:.1f}".format, "added_mib": "{:.1f}".format, "rest_mib": "{:.1f}".format,
     }  # fmt: skip

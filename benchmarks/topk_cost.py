@@ -19,7 +19,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
-from _harness import interleave, print_table, write_json
+from _harness import dims_text, interleave, print_table, write_json
 
 import fpscompile.ops  # noqa: F401  (registers torch.ops.fps)
 from fpscompile import lowerings, selection
@@ -102,7 +102,7 @@ def _ms(seconds: float) -> str:
 
 COLUMNS = {
     "tokens": str,
-    "grid": lambda grid: "x".join(map(str, grid)),
+    "grid": dims_text,
     "heads": str,
     "head_dim": str,
     "dtype": str,

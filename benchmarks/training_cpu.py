@@ -32,7 +32,7 @@ from torch import nn
 
 sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve().parents[1])]
 
-from _harness import interleave, print_table, write_json
+from _harness import dims_text, interleave, print_table, replace_rows, write_json
 
 import fpscompile
 from fpscompile.backend import fps
@@ -149,16 +149,12 @@ def measure(case: Case, what: str, name: str, *, density: float, rounds: int, bu
     }
 
 
-def _x(value: Any) -> str:
-    return "x".join(map(str, value))
-
-
 COLUMNS: dict[str, Callable[[Any], str]] = {
     "what": str,
     "dtype": str,
     "tokens": str,
-    "tile": _x,
-    "window": _x,
+    "tile": dims_text,
+    "window": dims_text,
     "lowering": str,
     "density": "{:.3f}".format,
     "inductor_s": "{:.2f}".format,
@@ -185,13 +181,13 @@ def main(argv: list[str] | None = None) -> list[dict[str, Any]]:
     case = QUICK if args.quick else FULL
     density = max(args.density, 0.3) if args.quick else args.density
     path = args.json or (None if args.quick else RESULTS / "training_cpu.json")
-    kept: dict[tuple[str, str], dict[str, Any]] = {}
+    rows = [
+        measure(case, what, name, density=density, rounds=args.rounds, budget=args.budget)
+        for name in ([args.dtype] if args.dtype else DTYPES)
+        for what in ([args.what] if args.what else ("attention", "module"))
+    ]
     if path and path.exists() and (args.dtype or args.what):
-        kept = {(row["what"], row["dtype"]): row for row in json.loads(path.read_text())["rows"]}
-    for name in [args.dtype] if args.dtype else DTYPES:
-        for what in [args.what] if args.what else ("attention", "module"):
-            kept[what, name] = measure(case, what, name, density=density, rounds=args.rounds, budget=args.budget)
-    rows = list(kept.values())
+        rows = replace_rows(json.loads(path.read_text())["rows"], rows, ["what", "dtype"])
     title = f"forward + backward of attention, {case.tokens} tokens, {case.heads} heads x {case.head_dim}: seconds"
     print_table(title, COLUMNS, rows)
     if path:

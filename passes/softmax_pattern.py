@@ -17,7 +17,6 @@ Every violation is a :class:`~fpscompile.ir.Rejection` that names the node. Drop
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -58,14 +57,10 @@ def _note_unread(state: GraphState, softmax: fx.Node) -> None:
         state.note(
             "info",
             "softmax",
-            f"{softmax}: a softmax over {_sizes(shape)} is not read as attention, since no two products that belong to "
+            f"{softmax}: a softmax over {list(shape)} is not read as attention, since no two products that belong to "
             "it were found; if it is, write them with matmul, bmm, baddbmm or einsum, or call "
             "scaled_dot_product_attention",
         )
-
-
-def _sizes(shape: Sequence[Any]) -> str:
-    return f"[{', '.join(map(str, shape))}]"
 
 
 def written_softmax(state: GraphState, node: fx.Node) -> bool:
