@@ -11,6 +11,9 @@ spellings has a file of its own:
 - ``spelling_mha``: ``nn.MultiheadAttention``;
 - ``spelling_chunks``: calls on consecutive slices of the queries, put together again.
 
+In front of them, writes in place that fill a new tensor become one expression (``interleaved_writes``): what follows is
+then a graph of values, and Inductor's kernels for it are fewer.
+
 A match that fails half way is a near miss: it is recorded with the reason and the graph stays as it was. A match that
 asks for more than attention (dropout, a causal mask) is spelled canonically for find_sites to see, declined with its
 reason, and the author's own again in the end. First in the pipeline, so that all later passes know one spelling.
@@ -24,6 +27,7 @@ from torch import fx
 
 from fpscompile.passes.base import GraphState, target_name
 from fpscompile.passes.canonical import is_canonical
+from fpscompile.passes.interleaved_writes import join_writes
 from fpscompile.passes.softmax_pattern import normalize_softmax, written_softmax
 from fpscompile.passes.spelling_autograd import normalize_autograd
 from fpscompile.passes.spelling_chunks import join_chunks
@@ -53,6 +57,7 @@ class Normalize:
     def run(self, state: GraphState) -> bool:
         modified = open_bodies(state)
         for graph in state.everywhere():
+            modified |= join_writes(graph)
             for node in list(graph.graph.nodes):
                 if node.op in ("call_function", "call_method") and not node._erased:
                     modified |= _spell(graph, node)

@@ -1,0 +1,260 @@
+"""Interleaved writes into a new tensor become one expression: the same bits, strides and gradients, or no change."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from models.toys import T, heads, latent, wide_heads
+from torch import fx
+
+from fpscompile import Backend, Settings
+from fpscompile.passes import interleaved_writes
+from fpscompile.passes.base import target_name
+
+Rotary = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
+
+
+class Graphs:
+    """The fps backend, and the graphs that it hands to the inner compiler."""
+
+    def __init__(self) -> None:
+        self.seen: list[fx.GraphModule] = []
+        settings = {"inner": self._inner, "density": 1.0, "tile": (2, 2, 2), "lowering": "boxes", "quant": "none"}
+        self.backend = Backend(Settings.from_options(settings))
+
+    def _inner(self, gm: fx.GraphModule, inputs: list[object]) -> Callable[..., object]:
+        self.seen.append(gm)
+        return gm.forward
+
+    def count(self, name: str) -> int:
+        calls = [node for gm in self.seen for node in gm.graph.nodes if node.op in ("call_function", "call_method")]
+        return sum(target_name(node) == name for node in calls)
+
+
+@pytest.fixture(params=["_stacked", "_chosen"])
+def form(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Both spellings run on the CPU: the GPU's takes the place of the CPU's."""
+    if request.param == "_chosen":
+        monkeypatch.setattr(interleaved_writes, "_stacked", interleaved_writes._chosen)
+    return "stack" if request.param == "_stacked" else "where"
+
+
+def wan(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """Wan's own: the table is float32, the tensor may be less."""
+    x1, x2 = x.unflatten(-1, (-1, 2)).unbind(-1)
+    cos, sin = cos[..., 0::2], sin[..., 1::2]
+    out = torch.empty_like(x)
+    out[..., 0::2] = x1 * cos - x2 * sin
+    out[..., 1::2] = x1 * sin + x2 * cos
+    return out.type_as(x)
+
+
+def backwards(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """The odd places first, whole dims spelled out, a buffer of zeros by size."""
+    out = torch.zeros(x.shape, dtype=x.dtype)
+    out[:, :, :, 1::2] = x[..., 1::2] * cos[..., 1::2]
+    out[:, :, :, ::2] = x[..., 0::2] * sin[..., 0::2]
+    return out
+
+
+def of_four(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """Four pieces; one is the same for all heads, one for all of everything."""
+    out = x.new_empty(x.shape)
+    out[..., 0::4] = x[..., 0::4]
+    out[..., 1::4] = cos[..., 1::4]
+    out[..., 2::4] = sin[0, 0, 0, 2::4].double()
+    out[..., 3::4] = x[..., 1::4] * 2
+    return out
+
+
+def wider(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    out = torch.empty_like(x, dtype=torch.float64)
+    out[..., 0::2] = x[..., 0::2]
+    out[..., 1::2] = x[..., 1::2]
+    return out
+
+
+def inputs(dtype: torch.dtype = torch.float32, length: int = 6) -> tuple[torch.Tensor, ...]:
+    cos, sin = torch.randn(2, 1, length, 1, 8)
+    return torch.randn(2, length, 3, 8, dtype=dtype), cos, sin
+
+
+def checked(rotary: Rotary, *args: torch.Tensor, dynamic: bool | None = None) -> Graphs:
+    """Compile; the result has eager's bits and strides, and the captured graph had writes."""
+    torch._dynamo.reset()
+    graphs = Graphs()
+    actual, expected = torch.compile(rotary, backend=graphs.backend, dynamic=dynamic)(*args), rotary(*args)
+    assert torch.equal(actual, expected)
+    assert actual.stride() == expected.stride()
+    assert actual.dtype == expected.dtype
+    return graphs
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("rotary", [wan, backwards, of_four, wider])
+def test_one_expression_with_the_same_bits(rotary: Rotary, dtype: torch.dtype, form: str) -> None:
+    graphs = checked(rotary, *inputs(dtype))
+    assert graphs.count("setitem") == 0
+    assert graphs.count(form) == (3 if rotary is of_four and form == "where" else 1)
+    assert graphs.count("empty_like") == graphs.count("zeros") == graphs.count("new_empty") == 0
+
+
+def test_lengths_may_be_symbols(form: str) -> None:
+    """And nothing is guarded on: another batch and length run the same graph."""
+    torch._dynamo.reset()
+    graphs = Graphs()
+    compiled = torch.compile(wan, backend=graphs.backend)
+    for batch, length in ((2, 6), (3, 9)):
+        cos, sin = torch.randn(2, 1, length, 1, 8)
+        x = torch.randn(batch, length, 3, 8)
+        torch._dynamo.mark_dynamic(x, (0, 1))
+        for table in (cos, sin):
+            torch._dynamo.mark_dynamic(table, 1)
+        assert torch.equal(compiled(x, cos, sin), wan(x, cos, sin))
+    assert len(graphs.seen) == 1
+    assert graphs.count("setitem") == 0
+
+
+def test_gradients_are_eagers(form: str) -> None:
+    x, cos, sin = inputs()
+    grads = []
+    graphs = Graphs()
+    torch._dynamo.reset()
+    weight = torch.randn(2, 6, 3, 8)
+    for function in (torch.compile(wan, backend=graphs.backend), wan):
+        leaves = [tensor.clone().requires_grad_() for tensor in (x, cos, sin)]
+        (function(*leaves) * weight).sum().backward()
+        grads.append([leaf.grad for leaf in leaves])
+    assert graphs.count("setitem") == 0
+    for ours, theirs in zip(*grads, strict=True):
+        assert torch.equal(ours, theirs)
+
+
+def one_missing(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    out = torch.zeros_like(x)
+    out[..., 0::4] = x[..., 0::4]
+    out[..., 1::4] = x[..., 1::4]
+    out[..., 3::4] = x[..., 3::4]
+    return out
+
+
+def one_twice(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    out = torch.zeros_like(x)
+    out[..., 0::2] = x[..., 0::2]
+    out[..., 0::2] = x[..., 1::2]
+    return out
+
+
+def read_between(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    out = torch.zeros_like(x)
+    out[..., 0::2] = x[..., 0::2]
+    half = out * 2
+    out[..., 1::2] = x[..., 1::2]
+    return out + half
+
+
+def from_itself(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    out = torch.zeros_like(x)
+    out[..., 0::2] = x[..., 0::2]
+    out[..., 1::2] = out[..., 0::2] + 1
+    return out
+
+
+def seen_through_a_view(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    out = torch.zeros_like(x)
+    view = out.transpose(1, 2)
+    out[..., 0::2] = x[..., 0::2]
+    out[..., 1::2] = x[..., 1::2]
+    return view
+
+
+def source_changes(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    x = x + 1
+    out = torch.zeros_like(x)
+    out[..., 0::2] = x[..., 0::2]
+    x.mul_(2)
+    out[..., 1::2] = x[..., 1::2]
+    return out
+
+
+def written_later(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    out = torch.zeros_like(x)
+    out[..., 0::2] = x[..., 0::2]
+    out[..., 1::2] = x[..., 1::2]
+    out[..., :1] = 5.0
+    return out
+
+
+def other_strides(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    x = x.transpose(1, 2)
+    out = torch.empty_like(x)
+    out[..., 0::2] = x[..., 0::2]
+    out[..., 1::2] = x[..., 1::2]
+    return out
+
+
+def odd_size(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    out = x.new_zeros(2, 6, 3, 7)
+    out[..., 0::2] = x[..., 0::2]
+    out[..., 1::2] = x[..., 1:7:2]
+    return out
+
+
+def a_given_tensor(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    out = x.clone()
+    out[..., 0::2] = x[..., 1::2]
+    out[..., 1::2] = x[..., 0::2]
+    return out
+
+
+def whole_numbers(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    out = torch.zeros_like(x, dtype=torch.int64)
+    out[..., 0::2] = x[..., 0::2] * 10
+    out[..., 1::2] = x[..., 1::2] * 10
+    return out
+
+
+def gradients_off_between(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    out = torch.zeros_like(x)
+    out[..., 0::2] = x[..., 0::2]
+    with torch.no_grad():
+        out[..., 1::2] = x[..., 1::2]
+    return out
+
+
+@pytest.mark.parametrize(
+    "rotary",
+    [
+        one_missing, one_twice, read_between, from_itself, seen_through_a_view, source_changes, written_later,
+        other_strides, odd_size, a_given_tensor, whole_numbers, gradients_off_between,
+    ],
+)  # fmt: skip
+def test_what_is_not_provably_the_same_stays(rotary: Rotary) -> None:
+    graphs = checked(rotary, *inputs())
+    captured = Graphs()
+    torch._dynamo.reset()
+    torch.compile(rotary, backend=captured._inner)(*inputs())
+    assert graphs.count("setitem") == captured.count("setitem") > 0
+    assert graphs.count("stack") == 0
+
+
+@pytest.mark.parametrize("dynamic", [None, pytest.param(True, marks=pytest.mark.slow)])
+def test_the_grid_is_found_behind_it(dynamic: bool | None, form: str) -> None:
+    """The rotated queries and keys still show what their tokens are made of."""
+
+    def model(video: torch.Tensor) -> torch.Tensor:
+        x = wide_heads(video).contiguous()
+        positions = torch.arange(x.shape[1])[None, :, None, None] * torch.ones(8)
+        q, k = (wan(y, positions.cos(), positions.sin()).transpose(1, 2) for y in (x, x * 2))
+        return torch.nn.functional.scaled_dot_product_attention(q, k, heads(video))
+
+    torch._dynamo.reset()
+    graphs, video = Graphs(), latent()
+    actual = torch.compile(model, backend=graphs.backend, dynamic=dynamic)(video)
+    (site,) = graphs.backend.graphs[0].sites
+    assert site.rewritten
+    assert site.grid[0] == T
+    assert graphs.count("setitem") == 0
+    assert torch.allclose(actual, model(video), atol=1e-5)
