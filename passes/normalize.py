@@ -5,6 +5,7 @@ spellings has a file of its own:
 
 - ``spelling_sdpa``: PyTorch's call in any argument style, 3-D or 4-D;
 - ``softmax_pattern``: ``softmax(q @ k^T * scale + mask) @ v`` written out with matmul, bmm, baddbmm or einsum;
+- ``written_softmax``: the same where the softmax itself is written out, as powers over their sum;
 - ``spelling_flash``, ``spelling_varlen``: flash-attn's and xformers' ops, dense and packed;
 - ``spelling_autograd``: those ops inside an ``autograd.Function``, as training captures them;
 - ``spelling_flex``: ``flex_attention``;
@@ -28,7 +29,7 @@ from torch import fx
 from fpscompile.passes.base import GraphState, target_name
 from fpscompile.passes.canonical import is_canonical
 from fpscompile.passes.interleaved_writes import join_writes
-from fpscompile.passes.softmax_pattern import normalize_softmax, written_softmax
+from fpscompile.passes.softmax_pattern import normalize_softmax
 from fpscompile.passes.spelling_autograd import normalize_autograd
 from fpscompile.passes.spelling_chunks import join_chunks
 from fpscompile.passes.spelling_flash import is_declared, normalize_flash
@@ -36,6 +37,7 @@ from fpscompile.passes.spelling_flex import normalize_flex
 from fpscompile.passes.spelling_mha import normalize_mha
 from fpscompile.passes.spelling_sdpa import normalize_sdpa
 from fpscompile.passes.subgraphs import open_bodies
+from fpscompile.passes.written_softmax import POWERS, normalize_written
 
 __all__ = ["Normalize", "is_canonical"]
 
@@ -43,7 +45,7 @@ SPELLINGS = {
     "scaled_dot_product_attention": normalize_sdpa,
     "softmax": normalize_softmax,
     "_softmax": normalize_softmax,
-    **dict.fromkeys(("exp", "exp_", "exp2", "log_softmax"), written_softmax),
+    **dict.fromkeys(POWERS, normalize_written),
     "hop::flex_attention": normalize_flex,
     "hop::autograd_function_apply": normalize_autograd,
     "multi_head_attention_forward": normalize_mha,

@@ -18,6 +18,20 @@ from fpscompile.passes.contraction import Contraction
 
 
 @dataclass(frozen=True)
+class Written:
+    """A softmax written out: powers of one base over their sum."""
+
+    exponent: fx.Node
+    """What the powers have as exponents: the scores."""
+    scale: float
+    """Logarithm of the base."""
+    dim: Any
+    """The dimension of the sum."""
+    inner: tuple[fx.Node, ...]
+    """Powers and sum, which nothing else reads, last first."""
+
+
+@dataclass(frozen=True)
 class Match:
     """One written-out attention, ready to be replaced."""
 

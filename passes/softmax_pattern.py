@@ -28,7 +28,7 @@ from fpscompile.passes.aliasing import mode_changes_between, written_between
 from fpscompile.passes.axes import same
 from fpscompile.passes.base import GraphState, argument, fake_tensor, fake_value, pinned, shape_of, target_name
 from fpscompile.passes.contraction import PRODUCTS, Contraction, read_contraction
-from fpscompile.passes.softmax_match import Match
+from fpscompile.passes.softmax_match import Match, Written
 
 CASTS = frozenset(["to", "float", "double", "half", "bfloat16", "type", "type_as", "contiguous", "_to_copy", "clone"])
 
@@ -63,18 +63,12 @@ def _note_unread(state: GraphState, softmax: fx.Node) -> None:
         )
 
 
-def written_softmax(state: GraphState, node: fx.Node) -> bool:
-    """``exp`` (or ``log_softmax``) of scores whose result weighs something: said to be no softmax known here."""
-    if leads_to_product(_tensor_operand(node)) and _weighs(node):
-        name = target_name(node).rstrip("_")
-        miss = _miss(f"its softmax is written out with {name}; call torch.softmax in its place", node)
-        state.near_misses.append(miss)
-    return False
+def match_softmax(softmax: fx.Node, written: Written | None = None) -> Match | Rejection | None:
+    """The attention around a softmax; a Rejection for a near miss; None when nothing resembles attention.
 
-
-def match_softmax(softmax: fx.Node) -> Match | Rejection | None:
-    """The attention around a softmax; a Rejection for a near miss; None when nothing resembles attention."""
-    backward = _read_back(softmax)
+    With ``written``, ``softmax`` is the last node of one that is written out.
+    """
+    backward = _read_back(softmax, written)
     if backward is None:
         return None
     forward = _read_forward(softmax)
@@ -86,33 +80,33 @@ def match_softmax(softmax: fx.Node) -> Match | Rejection | None:
     assert isinstance(backward, _Scores)
     assert isinstance(forward, _Output)
     rank = len(shape_of(softmax))
-    dim = argument(softmax, 1, "dim")
+    dim = argument(softmax, 1, "dim") if written is None else written.dim
     if dim not in (-1, rank - 1):
-        return _miss(f"softmax runs over dim {dim}, not over the keys (the last)", softmax, dim)
+        return miss(f"softmax runs over dim {dim}, not over the keys (the last)", softmax, dim)
     scores, output = backward.contraction, forward.contraction
     if scores.out_dims[-1] == rank - 2:
         scores = scores.swap()
     if output.left is not forward.weights:
         output = output.swap()
     if output.left is not forward.weights or output.right is forward.weights:
-        return _miss("the softmax does not weigh a tensor of values", forward.node)
+        return miss("the softmax does not weigh a tensor of values", forward.node)
     if scores.out_dims != tuple(range(rank)) or len(scores.left_dims) not in (3, 4):
-        return _miss("the scores are not [batch, (heads,) queries, keys]", backward.node, scores.out_dims)
+        return miss("the scores are not [batch, (heads,) queries, keys]", backward.node, scores.out_dims)
     if output.left_dims != tuple(range(rank)):
-        return _miss("the second product does not contract the keys", forward.node, output.left_dims)
+        return miss("the second product does not contract the keys", forward.node, output.left_dims)
     chain = (*forward.chain, *backward.chain)
     covered = tuple(sorted({*chain, *backward.aside}, reverse=True))
     reshaped = next((node for node in chain if not _like(node, backward.node)), None)
     if reshaped is not None:
-        return _miss(f"{target_name(reshaped)} broadcasts or casts the scores to something else", reshaped)
+        return miss(f"{target_name(reshaped)} broadcasts or casts the scores to something else", reshaped)
     factors = [factor for factor, _ in backward.row_factors]
     tensors = (scores.left, scores.right, backward.mask, *factors)
     writer = written_between(backward.node, forward.node, tensors, covered)
     if writer is not None:
-        return _miss(f"{writer} may write into q, k or the mask before the values are weighed", writer)
+        return miss(f"{writer} may write into q, k or the mask before the values are weighed", writer)
     change = mode_changes_between(backward.node, forward.node)
     if change is not None:
-        return _miss(f"{change} lies between its two products: they run under different autocast or grad modes", change)
+        return miss(f"{change} lies between its two products: they run under different autocast or grad modes", change)
     return Match(
         query=scores.left,
         key=scores.right,
@@ -171,24 +165,26 @@ class _Output:
     declined: Rejection | None
 
 
-def _miss(message: str, node: fx.Node | None, value: Any = None, code: Reason = Reason.SPELLING) -> Rejection:
+def miss(message: str, node: fx.Node | None, value: Any = None, code: Reason = Reason.SPELLING) -> Rejection:
     return Rejection(code, f"looks like attention, but {message}", value, node)
 
 
-def _tensor_operand(node: fx.Node) -> fx.Node | None:
+def tensor_operand(node: fx.Node) -> fx.Node | None:
     first = argument(node, 0, "input")
     return first if isinstance(first, fx.Node) else None
 
 
-def _read_back(softmax: fx.Node) -> _Scores | Rejection | None:
+def _read_back(softmax: fx.Node, written: Written | None) -> _Scores | Rejection | None:
     """From the softmax to the product of queries and keys."""
     found = _Scores(softmax)
-    node = _tensor_operand(softmax)
+    node = tensor_operand(softmax)
+    if written is not None:
+        node, found.scale, found.aside = written.exponent, written.scale, list(written.inner)
     while isinstance(node, fx.Node) and node.op in ("call_function", "call_method"):
         name = target_name(node)
         found.node = node
         if len(set(node.users) - {*found.aside}) > 1:
-            found.trouble = found.trouble or _miss("the scores are read elsewhere too", node)
+            found.trouble = found.trouble or miss("the scores are read elsewhere too", node)
         if name in PRODUCTS:
             return _finish_scores(found)
         found.chain.append(node)
@@ -199,16 +195,16 @@ def _read_back(softmax: fx.Node) -> _Scores | Rejection | None:
             node, shift = node.args[:2]  # type: ignore[assignment]
             found.aside += _made_of(shift, node)
         elif name in CASTS:
-            node = _tensor_operand(node)
+            node = tensor_operand(node)
         elif name in ("add", "iadd", "add_", "masked_fill", "masked_fill_", "where"):
             if found.mask is not None:
-                found.trouble = found.trouble or _miss("it has two masks", node, code=Reason.MASK)
+                found.trouble = found.trouble or miss("it has two masks", node, code=Reason.MASK)
             if found.scaled:
-                found.trouble = found.trouble or _miss("the scale comes after the mask and scales it too", node)
+                found.trouble = found.trouble or miss("the scale comes after the mask and scales it too", node)
             node = _masking(found, node, name)
         else:
             # Only arithmetic that ends in a product resembles attention; say so when it does.
-            return _miss(f"{name} stands between the scores and the softmax", node) if leads_to_product(node) else None
+            return miss(f"{name} stands between the scores and the softmax", node) if leads_to_product(node) else None
     return None
 
 
@@ -219,15 +215,15 @@ def _finish_scores(found: _Scores) -> _Scores | Rejection | None:
     if target_name(node) == "baddbmm":
         beta, alpha = node.kwargs.get("beta", 1), node.kwargs.get("alpha", 1)
         if not isinstance(alpha, (int, float)) or not isinstance(beta, (int, float)):
-            return _miss("baddbmm's alpha or beta is not a number", node)
+            return miss("baddbmm's alpha or beta is not a number", node)
         if beta == 1 and found.mask is None and not found.scaled:
             found.mask = argument(node, 0, "input")
         elif beta != 0:
-            return _miss(f"baddbmm adds a tensor with beta={beta} besides the mask or under a scale", node, beta)
+            return miss(f"baddbmm adds a tensor with beta={beta} besides the mask or under a scale", node, beta)
         found.scale *= float(alpha)
     contraction = read_contraction(node)
     if contraction is None or node.kwargs.get("out") is not None:
-        return _miss("the product of queries and keys is not a batched matrix product", node)
+        return miss("the product of queries and keys is not a batched matrix product", node)
     found.contraction = contraction
     found.chain.append(node)
     return found
@@ -298,9 +294,9 @@ def _masking(found: _Scores, node: fx.Node, name: str) -> fx.Node | None:
             scores, other = other, scores
         found.mask = other if fake_tensor(other) is not None else None
         if node.kwargs.get("alpha", 1) != 1:
-            trouble = _miss("the mask is added with a factor", node, code=Reason.MASK)
+            trouble = miss("the mask is added with a factor", node, code=Reason.MASK)
         elif found.mask is None:
-            trouble = _miss("a number is added to the scores", node)
+            trouble = miss("a number is added to the scores", node)
     found.trouble = found.trouble or trouble
     return scores if isinstance(scores, fx.Node) else None
 
@@ -316,10 +312,10 @@ def _where(found: _Scores, node: fx.Node) -> tuple[Any, Rejection | None]:
 def _fill(found: _Scores, node: fx.Node, value: Any) -> Rejection | None:
     if not isinstance(value, (int, float)) or value > DROWNING:
         message = f"{target_name(node)} writes {value}, which does not drown every score; fill with -inf"
-        return _miss(message, node, value, Reason.MASK)
+        return miss(message, node, value, Reason.MASK)
     mask = fake_tensor(found.mask)
     if mask is None or mask.dtype != torch.bool:
-        return _miss("its mask is not a tensor of bools", node, code=Reason.MASK)
+        return miss("its mask is not a tensor of bools", node, code=Reason.MASK)
     found.fill = float(value)
     return None
 
@@ -335,7 +331,7 @@ def leads_to_product(node: Any, depth: int = 12) -> bool:
         operands = [arg for arg in node.all_input_nodes if fake_tensor(arg) is not None]
         if name in ("cat", "concat", "where", "add", "sub", "mul"):
             return any(leads_to_product(operand, depth - 1) for operand in operands)
-        node = _tensor_operand(node)
+        node = tensor_operand(node)
         depth -= 1
     return False
 
@@ -350,13 +346,13 @@ def _meets_product(node: fx.Node, depth: int = 4) -> bool:
     return False
 
 
-def _weighs(node: fx.Node, depth: int = 4) -> bool:
+def weighs(node: fx.Node, depth: int = 4) -> bool:
     """Whether a product reads a node, or what a few elementwise steps make of it."""
     if depth == 0:
         return False
     if any(target_name(user) in PRODUCTS for user in node.users):
         return True
-    return any(fake_tensor(user) is not None and _like(user, node) and _weighs(user, depth - 1) for user in node.users)
+    return any(fake_tensor(user) is not None and _like(user, node) and weighs(user, depth - 1) for user in node.users)
 
 
 def _read_forward(softmax: fx.Node) -> _Output | Rejection | None:
@@ -368,7 +364,7 @@ def _read_forward(softmax: fx.Node) -> _Output | Rejection | None:
         readers = list(node.users)
         products = [user for user in readers if target_name(user) in PRODUCTS or _meets_product(user)]
         if len(readers) > 1 and products:
-            return _miss("the attention weights are read elsewhere too", node)
+            return miss("the attention weights are read elsewhere too", node)
         if len(readers) != 1:
             return None
         user = readers[0]
@@ -376,7 +372,7 @@ def _read_forward(softmax: fx.Node) -> _Output | Rejection | None:
         if name in PRODUCTS:
             contraction = read_contraction(user)
             if contraction is None or target_name(user) == "baddbmm" or user.kwargs.get("out") is not None:
-                return _miss("the product with the values is not a batched matrix product", user)
+                return miss("the product with the values is not a batched matrix product", user)
             return _Output(user, contraction, node, chain, declined)
         if name in ("dropout", "dropout_"):
             rate, training = pinned(argument(user, 1, "p", 0.5)), argument(user, 2, "training", True)
@@ -384,6 +380,6 @@ def _read_forward(softmax: fx.Node) -> _Output | Rejection | None:
                 message = f"dropout p={rate} acts on the weights; train with dropout 0 or call model.eval()"
                 declined = Rejection(Reason.DROPOUT, message, rate, user)
         elif name not in CASTS or user.args[:1] != (node,):
-            return _miss(f"{name} stands between the softmax and the values", user) if _meets_product(user) else None
+            return miss(f"{name} stands between the softmax and the values", user) if _meets_product(user) else None
         chain.insert(0, user)
         node = user

@@ -129,7 +129,7 @@ def scaled_by_key(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Te
 
 def exponentials(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
     weights = (q @ k.mT * SCALE).exp()
-    return (weights / weights.sum(-1, keepdim=True)) @ v
+    return (weights / (1 + weights.sum(-1, keepdim=True))) @ v
 
 
 def powered_weights(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:

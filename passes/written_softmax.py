@@ -1,0 +1,73 @@
+"""A softmax written out as powers over their sum: ``exp(x) / exp(x).sum(-1, keepdim=True)``, ``exp2(x)``, ``2.0 ** x``.
+
+Powers of a base b are ``exp(x ln b)``, so ``ln b`` is one more scale of the scores. Legality, besides that of
+:mod:`fpscompile.passes.softmax_pattern`:
+
+1. The base is e, or a number above 1.
+2. The powers are read by their sum and by the quotient, and by nothing else; the sum only by the quotient.
+3. The sum runs over one dimension, which it keeps; the quotient is powers by sum and nothing is added to either.
+4. Nothing is written in place.
+
+What weighs something and is none of this (sums divided by late, running sums, ``log_softmax``) is a near miss, by name.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from torch import fx
+
+from fpscompile.passes.base import GraphState, argument, fake_tensor, pinned, target_name
+from fpscompile.passes.softmax_match import Match, Written
+from fpscompile.passes.softmax_pattern import leads_to_product, match_softmax, miss, tensor_operand, weighs
+
+POWERS = ("exp", "exp_", "exp2", "exp2_", "special_exp2", "pow", "__rpow__", "rpow", "log_softmax")
+"""Names of what a softmax may be written out with."""
+
+BASES = {"exp": math.e, "exp2": 2.0, "special_exp2": 2.0}
+
+
+def normalize_written(state: GraphState, node: fx.Node) -> bool:
+    """Powers of scores whose quotient by their sum weighs something. Returns whether the graph changed."""
+    base, exponent = _power(node)
+    if not isinstance(exponent, fx.Node) or not leads_to_product(exponent) or not weighs(node):
+        return False
+    quotient, written = _written(node, base, exponent)
+    found = match_softmax(quotient, written) if quotient is not None else None
+    if isinstance(found, Match):
+        return found.replace(state)
+    if found is None:
+        name = target_name(node).strip("_")
+        found = miss(f"its softmax is written out with {name}; call torch.softmax in its place", node)
+    state.near_misses.append(found)
+    return False
+
+
+def _power(node: fx.Node) -> tuple[Any, Any]:
+    """(base, exponent); the base is None where it is unknown, the exponent where a power of scores it is not."""
+    name = target_name(node)
+    if name == "pow":
+        return pinned(argument(node, 0, "self", node.kwargs.get("input"))), argument(node, 1, "exponent")
+    if name in ("rpow", "__rpow__"):
+        return pinned(argument(node, 1, "other")), argument(node, 0, "input")
+    return BASES.get(name), tensor_operand(node)
+
+
+def _written(node: fx.Node, base: Any, exponent: fx.Node) -> tuple[fx.Node | None, Written | None]:
+    """The quotient of powers and their sum, and what it is made of."""
+    users = list(node.users)
+    sums = [user for user in users if target_name(user) == "sum"]
+    quotients = [user for user in users if target_name(user) in ("truediv", "div", "true_divide", "divide")]
+    known = isinstance(base, (int, float)) and base > 1 and "out" not in node.kwargs
+    if not known or len(users) != 2 or len(sums) != 1 or len(quotients) != 1:
+        return None, None
+    total, quotient = sums[0], quotients[0]
+    dim = argument(total, 1, "dim")
+    dim = dim[0] if isinstance(dim, (list, tuple)) and len(dim) == 1 else dim
+    plain = argument(total, 2, "keepdim", False) is True and not set(total.kwargs) - {"dim", "keepdim", "input"}
+    if not isinstance(dim, int) or not plain or list(total.users) != [quotient]:
+        return None, None
+    if quotient.args != (node, total) or quotient.kwargs or fake_tensor(quotient) is None:
+        return None, None
+    return quotient, Written(exponent, math.log(base), dim, (total, node))
