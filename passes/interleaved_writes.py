@@ -33,6 +33,7 @@ from collections.abc import Sequence
 import sympy
 import torch
 from torch import fx
+from torch.utils._sympy.functions import Max
 
 from fpscompile.ir import Size
 from fpscompile.passes.aliasing import mode_changes_between, mutates, written_between
@@ -87,7 +88,12 @@ def _is_plain(buffer: fx.Node) -> bool:
 
 
 def _strides(value: torch.Tensor) -> list[sympy.Expr]:
-    return [sympy.expand(size_of(stride).expr) for stride in value.stride()]
+    return [sympy.expand(size_of(stride).expr.replace(Max, _without_one)) for stride in value.stride()]
+
+
+def _without_one(*terms: sympy.Expr) -> sympy.Expr:
+    """``Max(1, size)``, which PyTorch writes into strides for the sake of empty tensors, as the size."""
+    return Max(*[term for term in terms if term != 1])
 
 
 def _contiguous(value: torch.Tensor) -> list[sympy.Expr]:
