@@ -166,7 +166,8 @@ def grid_of_table(table: torch.Tensor, dim: int, start: int, count: int) -> Grid
 
 
 def _confirmed(rows: torch.Tensor, grid: Grid, count: int) -> bool:
-    """Whether ``count`` sampled rows equal the first rows of their t, their h or their w, one of them per column."""
+    """Whether ``count`` sampled rows equal the first rows of their t, their h or their w, one of them per column; and
+    columns of t come first, then those of h."""
     t, h, w = grid
     if rows.shape[1] < 3:
         return False
@@ -176,7 +177,10 @@ def _confirmed(rows: torch.Tensor, grid: Grid, count: int) -> bool:
         (sample - rows[first]).abs().amax(0) <= TOLERANCE
         for first in (places // (h * w) * (h * w), places // w % h * w, places % w)
     ]
-    return bool((torch.stack(alike).sum(0) == 1).all()) and all(bool(column.any()) for column in alike)
+    if not bool((torch.stack(alike).sum(0) == 1).all()) or not all(bool(columns.any()) for columns in alike):
+        return False
+    of_t, of_h, of_w = map(_first, alike)
+    return of_t < of_h < of_w
 
 
 _library = torch.library.Library("fps", "FRAGMENT")

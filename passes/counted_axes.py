@@ -2,19 +2,20 @@
 
 Packed tokens get their places from counters, and an author may count in any order (h, w, t). What tells is
 
-1. a grid that ``attach`` or ``options["grid"]`` names; whoever reads the axes compares them with it;
+1. a grid that ``attach`` or ``options["grid"]`` names, if it has as many tokens; whoever reads the axes compares;
 2. integers of the call, such as ``num_frames``, ``height`` and ``width``: arguments of the frame that Dynamo compiles,
-   or attributes of its module. The axes have these sizes, or an integer fraction of them (patches).
+   or attributes of its module. The axes have these sizes, or an integer fraction of them (patches), in one order only.
 
-Without either the order is unknown, and the axes prove nothing.
+Two axes of one size (but 1) look alike to the second: it proves nothing then. Without either the order is unknown.
 """
 
 from __future__ import annotations
 
 import inspect
 import itertools
+import math
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -22,6 +23,7 @@ from torch._dynamo.symbolic_convert import InstructionTranslator
 
 from fpscompile.ir import Reason, Rejection, Size
 from fpscompile.passes.base import GraphState, words
+from fpscompile.passes.not_video import REMEDY
 
 Grid = tuple[Size, Size, Size]
 Values = tuple[frozenset[int], frozenset[int], frozenset[int]]
@@ -30,22 +32,42 @@ NAMES = (words("t f time temporal frame frames nt nf"), words("h height rows nh"
 
 
 def in_order(state: GraphState, grid: Grid) -> Grid | Rejection | None:
-    """``grid`` where the axes are known to be (t, h, w), a Rejection where they are not, None where nothing tells."""
-    if state.published_grid is not None or state.settings.grid is not None:
-        return grid
+    """``grid`` where the axes are known to be (t, h, w); None where nothing tells.
+
+    A Rejection with the code "token-order" where they are not (t, h, w), and with "no-grid" where the call has these
+    sizes and they do not tell the axes apart.
+    """
     sizes = tuple(size.hint for size in grid)
+    told = state.settings.grid or state.published_grid
+    if told is not None and math.prod(told) == math.prod(sizes):
+        return grid
     values = named_sizes()
     for fits in (_equal, _multiple):
         orders = {order for order in itertools.permutations(sizes) if all(map(fits, order, values))}
-        if sizes in orders and (fits is _equal or len(orders) == 1):
-            return grid
-        if sizes not in orders and orders:
+        if sizes in orders:
+            unclear = _alike(sizes, orders)
+            return grid if unclear is None else Rejection(Reason.NO_GRID, f"{unclear}; {REMEDY}", sizes)
+        if orders:
             t, h, w = orders.pop()
             message = (
                 f"the tokens are counted as {sizes}, and the call has {t} frames, {h} rows and {w} columns: they are "
                 "not in row-major (t, h, w) order"
             )
             return Rejection(Reason.TOKEN_ORDER, message, sizes)
+    return None
+
+
+def _alike(sizes: tuple[int, ...], orders: Collection[tuple[int, ...]]) -> str | None:
+    """Why sizes of the call do not tell the axes apart; None if they do."""
+    twice = next((size for size in sizes if size > 1 and sizes.count(size) > 1), None)
+    if twice is not None:
+        return (
+            f"the tokens are counted as {sizes}, and since two of these axes have the size {twice}, the sizes of the "
+            "call do not tell whether they are counted in the order (t, h, w)"
+        )
+    if len(orders) > 1:
+        others = " and ".join(map(str, sorted(orders)))
+        return f"the tokens are counted as {sizes}, and the sizes that the call names fit (t, h, w) = {others}"
     return None
 
 

@@ -17,6 +17,7 @@ Runs after trace_axes, whose labels it reads.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -30,7 +31,7 @@ from fpscompile.passes import history
 from fpscompile.passes.axes import INPUT, Atom, Axis, Cat, Slice, axis_size, cut, describe, same
 from fpscompile.passes.base import GraphState, fake_tensor, shape_of, target_name
 from fpscompile.passes.canonical import COVERED, is_canonical
-from fpscompile.passes.grid_sources import disputed, grid_of, opaque, proven, rotary_table
+from fpscompile.passes.grid_sources import counted, disputed, grid_of, opaque, proven, rotary_table
 from fpscompile.passes.legality import illegal
 from fpscompile.passes.not_video import REMEDY, is_data, settle_others, trail, unknown
 from fpscompile.passes.told_tokens import reordered, resumed
@@ -118,12 +119,15 @@ def classify(state: GraphState, node: fx.Node, shape: tuple[Size, Size, Size, Si
         chosen = history.choose(state, videos, q_runs, k_runs)
         site = _video_site(state, site, chosen.run, chosen.grid, "graph", chosen.q_runs, chosen.k_runs)
         return replace(site, history=chosen.history, rejection=_published_otherwise(state, site))
-    disorder = next((grid for _, grid in grids if isinstance(grid, Rejection)), None)
+    refused = [grid for _, grid in grids if isinstance(grid, Rejection)]
+    disorder = next((grid for grid in refused if grid.code is not Reason.NO_GRID), None)
     if disorder is not None:
         return replace(site, kind="3d", rejection=replace(disorder, node=node))
     told = _told(state, site, q_runs, k_runs) or _rotary(state, site, q_runs, k_runs)
     if told is not None:
         return told
+    if refused:
+        return replace(site, rejection=replace(refused[0], node=node))
     if not [run for run in q_runs if run in runs(k_axis)]:
         return _in_pieces(site, q_runs, runs(k_axis)) or replace(site, kind="cross")
     return unknown(state, site, shared, labels[0][0])
@@ -134,7 +138,7 @@ def _published_otherwise(state: GraphState, site: AttentionSite) -> Rejection | 
     told = state.published_grid
     found = tuple(size.hint for size in site.grid or ())
     packed = [run for run in site.query_runs if opaque(run) and same(axis_size(run), site.query_span.length)]  # type: ignore[union-attr]
-    if told is None or not packed or told == found or sorted(told) != sorted(found):
+    if told is None or not packed or told == found or math.prod(told) != math.prod(found):
         return None
     message = (
         f"a table of positions counts the tokens as {found}, and attach publishes {told}: the tokens are in another "
@@ -347,6 +351,13 @@ def _check_option_grid(state: GraphState) -> None:
     for site in state.sites:
         if site.grid_source == "graph" and site.grid is not None:
             proven = tuple(size.hint for size in site.grid)
+            if proven != grid and any(counted(state, run) for run in site.query_runs):
+                raise GridError(
+                    f"options['grid']={grid}, but the tokens of {site.node} are counted as {proven}: where frames come "
+                    f"first, then rows, then columns, give options['grid']={proven}; where they do not, no grid fits, "
+                    "since windows need the tokens in row-major (t, h, w) order: drop the option, and reorder the "
+                    "tokens to have this attention rewritten"
+                )
             if proven != grid:
                 raise GridError(
                     f"options['grid']={grid} but the graph proves {proven} at {site.node}: drop the option, "

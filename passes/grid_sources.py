@@ -72,25 +72,40 @@ def grid_of(axis: Axis) -> Grid | Rejection | None:
 
 
 def proven(state: GraphState, run: Axis) -> Grid | Rejection | None:
-    """The grid that the graph shows for a run: its own, or that of what an opaque run met. Disagreement is none."""
+    """The grid that the graph shows for a run: its own, or that of what an opaque run met. Disagreement is none.
+
+    A Rejection with the code "no-grid" says why what the run met does not prove one; other sources still may.
+    """
     own = _ordered(state, run)
     if own is not None or not opaque(run):
         return own
     found: list[Grid] = []
+    unclear: Rejection | None = None
     for meeting in state.meetings.get(run, ()):
         other = _ordered(state, meeting.axis)
         if isinstance(other, Rejection):
-            return other
-        if other is not None and not any(_alike(other, grid) for grid in found):
+            if other.code is not Reason.NO_GRID:
+                return other
+            unclear = other
+        elif other is not None and not any(_alike(other, grid) for grid in found):
             found.append(other)
-    return found[0] if len(found) == 1 else None
+    return found[0] if len(found) == 1 else None if found else unclear
 
 
 def _ordered(state: GraphState, axis: Axis) -> Grid | Rejection | None:
     """:func:`grid_of`, where counted axes are known to be in order."""
     grid = grid_of(axis)
-    lead = root(axis[:1]) if isinstance(grid, tuple) else None
-    return counted_axes.in_order(state, grid) if lead is not None and lead.role == "counted" else grid  # type: ignore[arg-type]
+    if not isinstance(grid, tuple):
+        return grid
+    lead = root(axis[:1])
+    return counted_axes.in_order(state, grid) if lead is not None and lead.role == "counted" else grid
+
+
+def counted(state: GraphState, run: Axis) -> bool:
+    """Whether the grid that the graph shows for a run is that of three counted axes."""
+    axes = [run, *(meeting.axis for meeting in state.meetings.get(run, ()))] if opaque(run) else [run]
+    shown = [root(axis[:1]) for axis in axes if isinstance(grid_of(axis), tuple)]
+    return bool(shown) and all(lead is not None and lead.role == "counted" for lead in shown)
 
 
 def _alike(left: Grid, right: Grid) -> bool:

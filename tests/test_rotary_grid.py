@@ -135,3 +135,15 @@ def test_the_op_reads_at_run_time_and_refuses_with_a_remedy() -> None:
     with pytest.raises(GridError, match="attach"):
         torch.ops.fps.rotary_grid(torch.randn(60, 24), 0, 0, 60)
     torch.library.opcheck(torch.ops.fps.rotary_grid.default, (table((3, 4, 5)), 0, 0, 60))
+
+
+@pytest.mark.parametrize("grid", [(4, 4, 4), (3, 4, 5)])
+def test_the_grid_read_last_does_not_vouch_for_another_order(grid: Grid) -> None:
+    """Tokens ordered h-w-t whose sizes are those of a table in order: the columns of t come first all the same."""
+    assert grid_of_table(table(grid), 0, 0, grid[0] * grid[1] * grid[2]) == grid
+    rows, columns = table(grid).shape
+    half = columns // 2
+    t, h, w = (slice(axis * half // 3, (axis + 1) * half // 3) for axis in range(3))
+    turned = table(grid)[:, :half]
+    shuffled = torch.cat([turned[:, w], turned[:, t], turned[:, h]], 1)
+    assert grid_of_table(shuffled, 0, 0, rows) is None
