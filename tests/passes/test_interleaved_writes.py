@@ -101,6 +101,15 @@ def test_one_expression_with_the_same_bits(rotary: Rotary, dtype: torch.dtype, f
     assert graphs.count("empty_like") == graphs.count("zeros") == graphs.count("new_empty") == 0
 
 
+def test_a_device_other_than_the_cpu_gets_its_own_spelling() -> None:
+    torch._dynamo.reset()
+    graphs = Graphs()
+    out = torch.compile(wan, backend=graphs.backend)(*(x.to("meta") for x in inputs(torch.bfloat16)))
+    assert (out.shape, out.dtype, out.device.type) == ((2, 6, 3, 8), torch.bfloat16, "meta")
+    assert graphs.count("setitem") == graphs.count("stack") == 0
+    assert graphs.count("where") == 1
+
+
 def test_lengths_may_be_symbols(form: str) -> None:
     """Frames of patches of two rows, which may be none for all the sizes say; other sizes run the same graph."""
 
