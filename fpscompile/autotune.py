@@ -5,8 +5,9 @@
 
 The model is captured as ``torch.compile`` captures it, without being compiled. Its sites are grouped by signature
 (shape, mask, device), and each signature is measured with random tensors of its shape under the plan's own mask. Tile
-and mask stay as the options have them: only who computes them, and how, is chosen. With ``tile="auto"`` the tile may
-change as well, to one that keeps at least as many pairs in every phase and errs no more on the call's own tensors.
+and mask stay as the options have them: only who computes them, and how, is chosen. Where content chooses tiles, the
+random tensors choose as many. With ``tile="auto"`` the tile may change as well, to one that keeps at least as many
+pairs in every phase and errs no more on the call's own tensors.
 """
 
 from __future__ import annotations
@@ -187,9 +188,6 @@ def _problems(
                 continue
             plan = state.plans[site.node]
             problem = problem_of(site, plan, state)
-            if getattr(problem.resolved, "dynamic", False):
-                report.declined.append((name, "its window is chosen by content, which is not tuned"))
-                continue
             key = problem.signature.key
             if key not in found:
                 group = TunedGroup([], problem.signature)

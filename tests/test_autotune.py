@@ -164,6 +164,63 @@ def test_exact_rows_are_the_references(key_mask: str) -> None:
         assert (actual - expected[0, :, rows]).norm() / expected[0, :, rows].norm() < 1e-6
 
 
+CHOSEN = {
+    "topk": "topk",
+    "static and topk": {"family": "union", "of": [[1, 1, 1], "topk"]},
+}
+
+
+def chosen_problem(window: Any = "topk", density: float = 0.3, **fields: Any) -> Problem:
+    """Phases whose tiles content chooses, and a dense one."""
+    schedule = Settings.from_options({"window": window, "density": density}).phases
+    chosen = dataclasses.replace(schedule.phases[0])
+    phases = (PhasePlan(window=chosen.window, density=chosen.density), PhasePlan(density=1.0))
+    return dataclasses.replace(problem(phases=phases), **fields)
+
+
+@pytest.mark.parametrize("name", CHOSEN)
+@pytest.mark.parametrize("key_mask", ["none", "bool", "float"])
+def test_tiles_chosen_by_content_are_those_of_the_op(name: str, key_mask: str) -> None:
+    """The tuner runs what ``fps::attention`` runs, and checks it against the reference's arithmetic."""
+    given = chosen_problem(CHOSEN[name], key_mask=key_mask)
+    assert given.resolved.dynamic
+    tensors = given.inputs()
+    q, k, v, mask = tensors
+    plan = dataclasses.replace(given.resolved.plan, lowering="gather").to_json()
+    span, grid = [5, 288], list(given.resolved.q_layout.grid)
+    for phase, dense in ((0, False), (1, True)):
+        step = torch.tensor([phase], dtype=torch.int32)
+        expected, _ = torch.ops.fps.attention(q, k, v, mask, step, grid, None, span, span, None, plan)
+        actual = given.runner(Candidate("gather"), tensors)(phase)
+        assert torch.equal(actual, expected)
+        full = F.scaled_dot_product_attention(q, k, v, mask, enable_gqa=True)
+        assert torch.allclose(actual, full, atol=1e-4) == dense
+    assert given.error(Candidate("gather"), tensors) < 1e-6
+    assert given.timed(Candidate("gather"), tensors)() > 0
+
+
+def test_a_kernel_that_ignores_the_chosen_tiles_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    given, right = chosen_problem(), gather.forward
+
+    def dense(*args: Any, block_mask: Any, **kwargs: Any) -> Any:
+        seen = block_mask.to_dense(given.resolved.k_layout.n_tiles)
+        return right(*args, block_mask=type(block_mask).from_dense(torch.ones_like(seen)), **kwargs)
+
+    monkeypatch.setattr(gather, "forward", dense)
+    assert given.error(Candidate("gather"), given.inputs()) > 0.1
+
+
+def test_a_signature_of_tiles_chosen_by_content_says_so() -> None:
+    given = chosen_problem().signature
+    static = problem().signature
+    assert given == chosen_problem().signature
+    assert " topk " in given.key
+    assert "topk" not in static.key
+    assert " topk, on" in given.describe()
+    others = [chosen_problem(CHOSEN["static and topk"]).signature, chosen_problem(density=0.5).signature, static]
+    assert len({given.key, *(other.key for other in others)}) == 4
+
+
 @pytest.mark.parametrize("lowering", ["boxes", "gather"])
 def test_error_is_small_for_right_kernels_and_large_for_wrong_ones(
     lowering: str, monkeypatch: pytest.MonkeyPatch
@@ -346,6 +403,36 @@ def test_second_run_measures_nothing_and_the_compilation_uses_the_file(path: Pat
     assert any(note.code == "tuned" and str(path) in note.message for note in backend.graphs[0].notes)
     assert all(note.code != "tuned" for note in untuned.graphs[0].notes)
     assert (actual - expected).norm() / expected.norm() < 1e-5
+
+
+def test_sites_whose_tiles_content_chooses_are_tuned(path: Path) -> None:
+    model, x, options = Model().eval(), latent(), OPTIONS | {"window": "topk"}
+    report = autotune(model, x, options=options, path=path)
+    (group,) = report.groups
+    assert not report.declined
+    assert len(group.names) == 2
+    assert group.tuned is not None
+    assert report.measurements > 0
+    assert group.tuned.error < 1e-5
+    (key,) = json.loads(path.read_text())["sites"]
+    assert " topk " in key
+    assert autotune(model, x, options=options, path=path).measurements == 0
+
+    backend = Backend(Settings.from_options(options | {"tuning": str(path)}))
+    untuned = Backend(Settings.from_options(options | {"autotune": "off"}))
+    with torch.no_grad():
+        actual = torch.compile(model, backend=backend)(x)
+        torch._dynamo.reset()
+        expected = torch.compile(model, backend=untuned)(x)
+    assert {site.lowering for site in backend.graphs[0].sites} == {group.tuned.candidate.lowering}
+    assert [note.message for note in backend.graphs[0].notes if note.code == "tuned" and " topk" in note.message]
+    assert (actual - expected).norm() / expected.norm() < 1e-5
+    # A file of static windows holds nothing for it.
+    static = Backend(Settings.from_options(OPTIONS | {"tuning": str(path)}))
+    torch._dynamo.reset()
+    with torch.no_grad():
+        torch.compile(model, backend=static)(x)
+    assert any(note.code == "tuning-ignored" for note in static.graphs[0].notes)
 
 
 def test_a_tuned_config_reaches_the_kernel(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

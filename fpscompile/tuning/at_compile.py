@@ -41,8 +41,6 @@ def tuned_plan(site: AttentionSite, plan: Plan, state: GraphState) -> Plan:
     if settings.autotune is None and settings.tuning is None and not settings.free_tile and not path.exists():
         return plan
     problem = problem_of(site, plan, state)
-    if getattr(problem.resolved, "dynamic", False):
-        return plan
     default = Candidate(plan.lowering)
     try:
         if settings.autotune is not None and not problem.free_tile:

@@ -13,8 +13,9 @@ from typing import Any
 import torch
 
 from fpscompile import lowerings
-from fpscompile.masks import Window
+from fpscompile.masks import Window, with_others
 from fpscompile.plan import PhasePlan, Plan, ResolvedPlan, resolve
+from fpscompile.selection import masks_of_call, pack, select
 from fpscompile.tiling import Grid
 from fpscompile.tuning.signature import Signature, signature_of
 
@@ -146,6 +147,8 @@ class Problem:
         """Phase index -> the output [1, H, Lq, Dv]."""
         resolved, module = self.resolved_for(candidate), lowerings.get(candidate.lowering)
         q, k, v, key_mask = tensors
+        if resolved.dynamic:
+            return self._chosen_runner(module, resolved, tensors)
         on_device = getattr(module, "PHASES_ON_DEVICE", False)
 
         def run(phase: int) -> torch.Tensor:
@@ -158,6 +161,28 @@ class Problem:
             return out
 
         return run
+
+    def _chosen_runner(
+        self, module: lowerings.Lowering, resolved: ResolvedPlan, tensors: tuple[torch.Tensor, ...]
+    ) -> Callable[[int], torch.Tensor]:
+        """The same where content chooses tiles: as ``fps::attention`` does it, from a selection that is made before."""
+        q, k, v, key_mask = tensors
+        selections = {phase: self._selection(tensors, phase) for phase in self.distinct}
+        scale = self.head_dim**-0.5
+
+        def run(phase: int) -> torch.Tensor:
+            one, mask = masks_of_call(selections[phase], q, k, key_mask, (phase,), resolved, scale)
+            call: Any = {"key_mask": key_mask, "phases": (0,), "resolved": one, "scale": scale, "block_mask": mask}
+            out, _ = module.forward(q, k, v, **call)
+            return out
+
+        return run
+
+    def _selection(self, tensors: tuple[torch.Tensor, ...], phase: int) -> torch.Tensor:
+        """The tiles that the tensors choose in a phase, packed as ``fps::select_tiles`` packs them."""
+        q, k, _, key_mask = tensors
+        chosen = select(q, k, phase=(phase,), resolved=self.resolved, key_mask=key_mask)
+        return pack(chosen, self.resolved.q_layout.video_tiles)
 
     def timed(self, candidate: Candidate, tensors: tuple[torch.Tensor, ...]) -> Callable[[], float]:
         """A function that runs all phases once and returns the mean seconds of a denoising step."""
@@ -186,9 +211,24 @@ class Problem:
         for phase in self.distinct:
             out = run(phase)[0]
             rows = sample_rows(self.resolved.q_layout.length, SAMPLE_ROWS, ALL_ROWS).to(out.device)
-            expected = exact_rows(*tensors, resolved=self.resolved_for(candidate), phase=phase, rows=rows)
+            resolved = self.resolved_for(candidate)
+            expected = exact_rows(
+                *tensors,
+                resolved=resolved,
+                phase=phase,
+                rows=rows,
+                visible_tiles=self._visible(resolved, tensors, phase),
+            )
             worst = max(worst, float((out[:, rows].to(expected.dtype) - expected).norm() / expected.norm()))
         return worst if math.isfinite(worst) else math.inf
+
+    def _visible(self, resolved: ResolvedPlan, tensors: tuple[torch.Tensor, ...], phase: int) -> torch.Tensor | None:
+        """bool [H, query tiles, key tiles]: what the tensors choose in a phase; None where the plan alone says it."""
+        if not resolved.dynamic:
+            return None
+        q, k, _, key_mask = tensors
+        chosen = select(q, k, phase=(phase,), resolved=resolved, key_mask=key_mask)
+        return with_others(resolved.q_layout, resolved.k_layout, chosen)[0]
 
     def mask_errors(self, candidate: Candidate) -> list[float]:
         """Relative error that the candidate's mask makes in each real call and phase, against dense attention."""
@@ -229,16 +269,23 @@ def exact_rows(
     phase: int,
     rows: torch.Tensor,
     scale: float | None = None,
+    visible_tiles: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """[H, rows, Dv]: the first batch element's exact output at some query rows, in float64 (float32 on a GPU).
 
     What the reference computes, without its whole score matrix: head by head, the listed tiles expanded over the keys.
+
+    Args:
+        visible_tiles: bool [1 | H, query tiles, key tiles], in place of the plan's mask.
     """
     dtype = torch.float64 if q.device.type == "cpu" else torch.float32
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     group = q.shape[1] // k.shape[1]
     q_tile, k_tile = tile_of_token(resolved.q_layout), tile_of_token(resolved.k_layout)
-    dense = resolved.block_mask.to_dense(resolved.k_layout.n_tiles)[phase]
+    dense = visible_tiles
+    if dense is None:
+        dense = resolved.block_mask.to_dense(resolved.k_layout.n_tiles)[phase]
+    dense = dense.cpu()
     outputs = []
     for head in range(q.shape[1]):
         visible = dense[head if len(dense) > 1 else 0][q_tile[rows.cpu()]][:, k_tile].to(q.device)

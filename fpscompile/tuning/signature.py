@@ -47,7 +47,8 @@ class Signature:
     density: tuple[float, ...]
     """Kept fraction of query-key pairs per phase, rounded; for readers."""
     mask: str
-    """Digest of all phases' masks and scales."""
+    """Digest of all phases' masks and scales; "topk" in front where content chooses tiles, and the digest is then over
+    what every tile sees always, what it may choose, and how many."""
     weights: tuple[float, ...]
     """Share of the denoising steps that runs each phase, rounded."""
     device: str
@@ -59,12 +60,17 @@ class Signature:
         digest = hashlib.sha256(text.encode()).hexdigest()[:12]
         grid = "x".join(map(str, self.grid))
         mean = sum(w * d for w, d in zip(self.weights, self.density, strict=True))
-        return f"{grid} {self.heads}x{self.head_dim} {self.dtype} density {mean:.3f} {digest}"
+        return f"{grid} {self.heads}x{self.head_dim} {self.dtype} density {mean:.3f}{self._chosen} {digest}"
 
     def describe(self) -> str:
         """For messages."""
         grid, tile = ("x".join(map(str, sizes)) for sizes in (self.grid, self.tile))
-        return f"grid {grid}, tile {tile}, {self.heads} heads x {self.head_dim}, {self.dtype}, on {self.device}"
+        shape = f"grid {grid}, tile {tile}, {self.heads} heads x {self.head_dim}, {self.dtype}"
+        return f"{shape}{self._chosen}, on {self.device}"
+
+    @property
+    def _chosen(self) -> str:
+        return " topk" if self.mask.startswith("topk ") else ""
 
     def to_dict(self) -> dict[str, Any]:
         return {
@@ -108,8 +114,10 @@ def signature_of(
 
 
 def mask_digest(resolved: ResolvedPlan) -> str:
-    """16 hex digits over the listed tiles of all phases, and over what else of the plan decides what is computed."""
-    return _digest(dataclasses.replace(resolved, plan=_neutral(resolved.plan)))
+    """16 hex digits over the listed tiles of all phases, and over what else of the plan decides what is computed; after
+    "topk" where content chooses tiles."""
+    chosen = "topk " if resolved.dynamic else ""
+    return chosen + _digest(dataclasses.replace(resolved, plan=_neutral(resolved.plan)))
 
 
 def _neutral(plan: Plan) -> Plan:
@@ -119,9 +127,8 @@ def _neutral(plan: Plan) -> Plan:
 
 @functools.lru_cache(maxsize=512)
 def _digest(resolved: ResolvedPlan) -> str:
-    mask, plan = resolved.block_mask, resolved.plan
-    found = hashlib.sha256()
-    for table in (mask.kv_num_blocks, mask.kv_indices):
+    plan, found = resolved.plan, hashlib.sha256()
+    for table in _tables(resolved):
         found.update(str(tuple(table.shape)).encode())
         found.update(table.to(torch.int32).cpu().contiguous().numpy().tobytes())
     rest = {name: value for name, value in vars(plan).items() if name not in ("tile", "phases", "clamp")}
@@ -129,6 +136,14 @@ def _digest(resolved: ResolvedPlan) -> str:
         rest["granularities"] = [phase.granularity for phase in plan.phases]
     found.update(json.dumps(rest, sort_keys=True).encode())
     return found.hexdigest()[:16]
+
+
+def _tables(resolved: ResolvedPlan) -> tuple[torch.Tensor, ...]:
+    """What says which tiles all phases keep, or what they choose from."""
+    if not resolved.dynamic:
+        return resolved.block_mask.kv_num_blocks, resolved.block_mask.kv_indices
+    sets = [resolved.tile_sets(phase) for phase in range(len(resolved.windows))]
+    return tuple(table for part in sets for table in (part.always, part.eligible, part.extra))
 
 
 @functools.lru_cache(maxsize=16)

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from fpscompile.errors import FpsError, OptionError, UnsupportedError
+from fpscompile.errors import FpsError, OptionError
 from fpscompile.tuning import store
 from fpscompile.tuning.candidates import candidates
 from fpscompile.tuning.format import Contents
@@ -167,10 +167,8 @@ def measure(
 
     Raises:
         WrongResultError: not even the default is right.
-        UnsupportedError: windows that depend on content, or the default cannot run.
+        UnsupportedError: the default cannot run.
     """
-    if getattr(problem.resolved, "dynamic", False):
-        raise UnsupportedError("windows chosen by content are not tuned: their mask is known at run time only")
     began = time.perf_counter()
     tensors = problem.inputs()
     notes: list[str] = []
