@@ -127,8 +127,8 @@ class Report:
             )
         if not self.sites:
             return (
-                "It may hide in a custom op, or run outside the captured graphs: TORCH_LOGS=graph_breaks shows what "
-                "was left out."
+                "It may have no softmax, as linear attention has none, hide in a custom op, or run outside the "
+                "captured graphs: TORCH_LOGS=graph_breaks shows what was left out."
             )
         return ""
 

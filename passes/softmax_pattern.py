@@ -54,10 +54,11 @@ def _note_unread(state: GraphState, softmax: fx.Node) -> None:
     """A softmax with several values on each of several rows, around which no product is known: nothing stays unsaid."""
     shape = shape_of(softmax)
     if len(shape) >= 2 and all(not isinstance(n, int) or n > 1 for n in shape[-2:]):
+        sizes = ", ".join(map(str, shape))
         state.note(
             "info",
             "softmax",
-            f"{softmax}: a softmax over {list(shape)} is not read as attention, since no two products that belong to "
+            f"{softmax}: a softmax over [{sizes}] is not read as attention, since no two products that belong to "
             "it were found; if it is, write them with matmul, bmm, baddbmm or einsum, or call "
             "scaled_dot_product_attention",
         )

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import math
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -103,6 +104,20 @@ def stable(self: Video, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> to
     return (scores - scores.amax(-1, keepdim=True)).softmax(-1) @ v
 
 
+def wide_softmax(self: Video, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    return F.softmax(self.seen(q @ k.mT * SCALE), dim=-1, dtype=torch.float32).type_as(v) @ v
+
+
+def centred(self: Video, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    return self.sdpa(q, k - k.mean(2, keepdim=True), v)
+
+
+def heads_written_apart(self: Video, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    each = zip(q.unbind(1), k.unbind(1), v.unbind(1), strict=True)
+    outputs = [F.softmax(self.seen(a @ b.transpose(-1, -2) / math.sqrt(D)), -1) @ c for a, b, c in each]
+    return torch.stack(outputs, 1)
+
+
 def heads_apart(self: Video, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
     return torch.cat([self.sdpa(*each) for each in zip(q.chunk(2, 1), k.chunk(2, 1), v.chunk(2, 1), strict=True)], 1)
 
@@ -124,7 +139,7 @@ class Unfolded(Video):
 
 SPELLED = (
     shared_keys, repeated_keys, temperature_of_heads, temperature_of_queries, cosines, bias_of_keys, slopes,
-    mask_without_batch, stable, heads_apart,
+    mask_without_batch, stable, wide_softmax, centred, heads_written_apart, heads_apart,
 )  # fmt: skip
 WORKS: dict[str, type[Video]] = {each.__name__: spelled(each) for each in SPELLED}
 WORKS |= {each.__name__: each for each in (PatchesMerged, Unfolded)}
@@ -265,6 +280,52 @@ class OddRows(Video):
         return F.scaled_dot_product_attention(self.heads(even)[0], *self.heads(odd)[1:])
 
 
+class Compressed(Video):
+    """Keys and values from every other row and column, by a convolution with a stride."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.down = nn.Conv3d(WIDTH, WIDTH, (1, 2, 2), (1, 2, 2))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.embed(x)
+        queries, (_, k, v) = self.heads(x.flatten(2).mT)[0], self.heads(self.down(x).flatten(2).mT)
+        return F.scaled_dot_product_attention(queries, k, v)
+
+
+def keys_in_another_order(self: Video, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    order = torch.arange(LENGTH).flip(0)
+    return F.scaled_dot_product_attention(q, k[:, :, order], v[:, :, order])
+
+
+def rolled_one_by_one(self: Video, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    return F.scaled_dot_product_attention(*(x.roll(7, 2) for x in (q, k, v)))
+
+
+OTHER_TOKENS = [
+    (Compressed, "kind", "its 12 keys", "are not the tokens of its 60 queries"),
+    (spelled(keys_in_another_order), "kind", "its 60 keys", "are not the tokens of its 60 queries"),
+    (
+        spelled(rolled_one_by_one),
+        "segments",
+        "roll (roll) moves tokens of one of q, k and v",
+        "before they are projected",
+    ),
+]
+
+
+@pytest.mark.parametrize(("build", "code", "what", "remedy"), OTHER_TOKENS)
+def test_says_which_tokens_are_others(build: type[Video], code: str, what: str, remedy: str) -> None:
+    model, x = build().eval(), video()
+    with torch.no_grad():
+        actual, fps = compiled(model, x)
+        assert torch.equal(actual, model(x))
+    (site,) = fps.graphs[0].sites
+    assert site.reason_code == code
+    assert what in str(site.reason)
+    assert remedy in str(site.reason)
+
+
 def test_every_other_row_is_not_the_rows_between() -> None:
     model, x = OddRows().eval(), video()
     with torch.no_grad():
@@ -391,5 +452,5 @@ def test_a_softmax_that_is_not_read_is_named(attend: Callable[..., torch.Tensor]
     (graph,) = backend.graphs
     assert not graph.sites
     (note,) = [note for note in graph.notes if note.code == "softmax"]
-    assert "a softmax over" in note.message
+    assert re.search(r"a softmax over \[[\d, ]+\] is", note.message)
     assert "scaled_dot_product_attention" in note.message

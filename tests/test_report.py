@@ -114,7 +114,8 @@ The model did not run, ran under torch.compiler.disable, or broke at its first o
 where.
 
 No attention call reached the backend: 2 graphs captured, none contains attention.
-It may hide in a custom op, or run outside the captured graphs: TORCH_LOGS=graph_breaks shows what was left out.""",
+It may have no softmax, as linear attention has none, hide in a custom op, or run outside the captured graphs:
+TORCH_LOGS=graph_breaks shows what was left out.""",
     )
 
 
