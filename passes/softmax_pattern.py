@@ -5,7 +5,8 @@ Read backwards from the softmax to a product of two tensors, and forwards to a s
 1. The softmax runs over the last dimension, the keys.
 2. Between the first product and the softmax lie only casts between floating dtypes, scaling by numbers or by tensors
    that are one number per row or wider, subtraction of such numbers (a row's largest score, which softmax does not
-   see), and at most one mask; none changes the shape. A scaling after the mask would scale the mask too: no match.
+   see), and at most one mask; none changes the shape. A scaling after the mask would scale the mask too: no match,
+   unless the mask fills with -inf and the scale is a positive number.
 3. Between the softmax and the second product lie only such casts and a dropout that does nothing.
 4. Scores and weights have no other reader.
 5. Both products contract exactly what attention contracts: features, then keys; batch dimensions agree.
@@ -17,6 +18,7 @@ Every violation is a :class:`~fpscompile.ir.Rejection` that names the node. Drop
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -200,9 +202,11 @@ def _read_back(softmax: fx.Node, written: Written | None) -> _Scores | Rejection
         elif name in ("add", "iadd", "add_", "masked_fill", "masked_fill_", "where"):
             if found.mask is not None:
                 found.trouble = found.trouble or miss("it has two masks", node, code=Reason.MASK)
-            if found.scaled:
-                found.trouble = found.trouble or miss("the scale comes after the mask and scales it too", node)
+            scaled, unknown = node, bool(found.factors or found.row_factors)
             node = _masking(found, node, name)
+            # A positive number leaves -inf what it is.
+            if found.scaled and (unknown or found.scale <= 0 or found.fill != -math.inf):
+                found.trouble = found.trouble or miss("the scale comes after the mask and scales it too", scaled)
         else:
             # Only arithmetic that ends in a product resembles attention; say so when it does.
             return miss(f"{name} stands between the scores and the softmax", node) if leads_to_product(node) else None

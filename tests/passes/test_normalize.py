@@ -41,6 +41,16 @@ def scale_after_mask(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch
     return ((q @ k.mT + bias) * SCALE).softmax(-1) @ v
 
 
+def scale_after_mask_by_tensor(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    """The tensor may be negative, and then -inf becomes inf."""
+    masked = (q @ k.mT).masked_fill(torch.arange(LENGTH) < 5, -torch.inf)
+    return (masked * (q.mean(-1, keepdim=True) + 3)).softmax(-1) @ v
+
+
+def finite_fill_under_scale(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    return ((q @ k.mT).masked_fill(torch.arange(LENGTH) < 5, -1e10) * 1e-10).softmax(-1) @ v
+
+
 def soft_cap(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
     return (5 * torch.tanh(q @ k.mT * SCALE / 5)).softmax(-1) @ v
 
@@ -148,6 +158,8 @@ def no_values(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor
 NEAR_MISSES: dict[str, tuple[Attention, str]] = {
     "wrong axis": (wrong_axis, "softmax runs over dim -2"),
     "scale after mask": (scale_after_mask, "scales it too"),
+    "scale after mask, a tensor": (scale_after_mask_by_tensor, "scales it too"),
+    "scale after a finite fill": (finite_fill_under_scale, "scales it too"),
     "soft cap": (soft_cap, "tanh stands between"),
     "returned weights": (returned_weights, "weights are read elsewhere"),
     "scores used": (scores_used_elsewhere, "scores are read elsewhere"),
@@ -170,6 +182,17 @@ NEAR_MISSES: dict[str, tuple[Attention, str]] = {
     "transposed weights": (transposed_weights, "does not contract the keys"),
     "no values": (no_values, "does not weigh a tensor of values"),
 }
+
+
+def test_a_negative_scale_turns_a_mask_around() -> None:
+    """-inf becomes inf, and the result is not a number: as the author's is, so it is not compared."""
+
+    def negated(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        return ((q @ k.mT).masked_fill(torch.arange(LENGTH) < 5, -torch.inf) * -SCALE).softmax(-1) @ v
+
+    outcome = run(negated)
+    assert not outcome.sites
+    assert outcome.says("scales it too")
 
 
 @pytest.mark.parametrize("name", NEAR_MISSES)

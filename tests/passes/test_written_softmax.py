@@ -19,6 +19,7 @@ SPARSE = {"quant": "none", "inner": "eager", "lowering": "boxes", "tile": TILE, 
 DENSE = {"quant": "none", "inner": "eager", "density": 1.0}
 SCALE = D**-0.5
 LOG2E = 1 / math.log(2)
+HIDDEN = torch.arange(LENGTH) % 7 == 3
 
 Scores = Callable[[torch.Tensor], torch.Tensor]
 
@@ -61,6 +62,8 @@ SOFTMAX: dict[str, Scores] = {
     "torch.pow": lambda s: over_sum(torch.pow(2.0, s * LOG2E)),
     "torch.pow of shifted": lambda s: over_sum(torch.pow(2.0, shifted(s * LOG2E))),
     "2 **": lambda s: over_sum(2.0 ** (s * LOG2E)),
+    "exp2 of masked": lambda s: over_sum(torch.exp2(shifted(s.masked_fill(HIDDEN, -math.inf) * LOG2E))),
+    "pow of chosen": lambda s: over_sum(torch.pow(2.0, torch.where(HIDDEN, -math.inf, s) * LOG2E)),
     "another base": lambda s: over_sum(10 ** shifted(s)),
     "div": lambda s: torch.div(w := s.exp(), torch.sum(w, dim=-1, keepdim=True)),
     "div of a list": lambda s: (w := s.exp()).div(w.sum([3], True)),
