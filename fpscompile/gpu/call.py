@@ -61,11 +61,16 @@ def target_of(device: torch.device) -> str:
 
 
 def spec_of(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, key_mask: torch.Tensor | None, resolved: ResolvedPlan
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    key_mask: torch.Tensor | None,
+    resolved: ResolvedPlan,
+    device: torch.device | None = None,
 ) -> KernelSpec:
-    """The spec of one call."""
+    """The spec of one call; on ``device`` where the tensors only describe it, on the meta device."""
     return spec_for(
-        target_of(q.device),
+        target_of(device or q.device),
         str(q.dtype).removeprefix("torch."),
         q.shape[-1],
         v.shape[-1],

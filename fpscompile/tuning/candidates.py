@@ -133,11 +133,11 @@ def triton_configs(problem: Problem, effort: str) -> list[Candidate]:
     """Configs of the GPU kernel; where the cost model knows the GPU, the best by its prediction."""
     from fpscompile.gpu import config as gpu_config
     from fpscompile.gpu import cost_model
-    from fpscompile.gpu.call import spec_of, target_of
+    from fpscompile.gpu.call import spec_of
 
     q, k, v, key_mask = problem.inputs("meta")
     resolved = problem.resolved_for(Candidate("triton"))
-    spec = dataclasses.replace(spec_of(q, k, v, key_mask, resolved), target=target_of(problem.device))
+    spec = spec_of(q, k, v, key_mask, resolved, problem.device)
     configs = gpu_config.candidates(spec)
     try:
         ranked = cost_model.rank(spec, configs)
@@ -174,7 +174,7 @@ def why_not(candidate: Candidate, problem: Problem) -> str | None:
 def _why_no_config(candidate: Candidate, problem: Problem) -> str | None:
     """Why the generated kernel cannot be rendered with a config; what is wrong with it is the lowering's to say."""
     from fpscompile.gpu import config as gpu_config
-    from fpscompile.gpu.call import spec_of, target_of
+    from fpscompile.gpu.call import spec_of
     from fpscompile.lowerings import cpp
     from fpscompile.render import CppConfig
 
@@ -197,5 +197,5 @@ def _why_no_config(candidate: Candidate, problem: Problem) -> str | None:
         if config.compute != compute:
             return f"it multiplies in {config.compute}, and this machine in {compute}"
         return None if config.is_valid(spec) else "the template cannot be rendered with it"
-    spec = dataclasses.replace(spec_of(q, k, v, key_mask, resolved), target=target_of(problem.device))
+    spec = spec_of(q, k, v, key_mask, resolved, problem.device)
     return gpu_config.why_invalid(config, spec)

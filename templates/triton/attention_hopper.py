@@ -225,9 +225,16 @@ def _whole(left, right):
 
 
 @gluon.jit
-def _row_maxima(s, S_LAYOUT: gl.constexpr, BLOCK_N: gl.constexpr):
-    """[ROWS]: pairs first, then a thread's run of pairs, then the quad: half as long a chain as column after column."""
-    lanes = gl.max(gl.max(gl.reshape(s, [ROWS, BLOCK_N // 8, 4, 2]), 3), 1)
+def _row_maxima(s, S_LAYOUT: gl.constexpr, BLOCK_N: gl.constexpr, HALVES: gl.constexpr):
+    """[ROWS]: pairs first, then a thread's run of pairs, then the quad: half as long a chain as column after column.
+
+    With HALVES the columns of each half, even and odd, are a chain of their own: four short ones in place of a long
+    one, for a program that waits for its own instructions and not for power.
+    """
+    if HALVES:
+        lanes = gl.max(gl.max(gl.max(gl.reshape(s, [ROWS, 2, BLOCK_N // 16, 4, 2]), 2), 3), 1)
+    else:
+        lanes = gl.max(gl.max(gl.reshape(s, [ROWS, BLOCK_N // 8, 4, 2]), 3), 1)
     return gl.convert_layout(gl.max(lanes, 1), gl.SliceLayout(1, S_LAYOUT), assert_trivial=True)
 
 
@@ -320,7 +327,7 @@ def _unit(unit_list, j, last, LAYOUT: gl.constexpr, BLOCK_N: gl.constexpr, UNIT:
 @gluon.jit
 def _softmax(
     s, m, l, factor, valid, unit, notes, S_LAYOUT: gl.constexpr, BLOCK_N: gl.constexpr, UNIT: gl.constexpr,
-    PART: gl.constexpr, P_SHIFT: gl.constexpr, RAGGED: gl.constexpr, BIAS: gl.constexpr,
+    PART: gl.constexpr, P_SHIFT: gl.constexpr, RAGGED: gl.constexpr, BIAS: gl.constexpr, HALVES: gl.constexpr,
 ):  # fmt: skip
     """One step of the online softmax.
 
@@ -347,7 +354,7 @@ def _softmax(
                     s = _mask_tail(s, valid, S_LAYOUT, BLOCK_N)
                 else:
                     s = _mask(s, valid, S_LAYOUT, BLOCK_N)
-        top = _row_maxima(s, S_LAYOUT, BLOCK_N) * factor
+        top = _row_maxima(s, S_LAYOUT, BLOCK_N, HALVES) * factor
     else:
         s = _in_parts(s, BLOCK_N, PART)
         if UNIT < BLOCK_N:
@@ -405,6 +412,7 @@ def _consumer(
     m = gl.full([ROWS], float("-inf"), gl.float32, gl.SliceLayout(1, S_LAYOUT))
     l = _lane_sums(gl.zeros([ROWS, BLOCK_N], gl.float32, S_LAYOUT), BLOCK_N)
     acc = gl.zeros([ROWS, DVP], gl.float32, O_LAYOUT)
+    HALVES: gl.constexpr = DVP <= 64  # with 128 features a GPU at its power limit loses 2 % by it
     PARTS: gl.constexpr = _in_parts(gl.zeros([ROWS, BLOCK_N], gl.float32, S_LAYOUT), BLOCK_N, PART).type.layout
 
     if n_units > 0:
@@ -430,7 +438,7 @@ def _consumer(
             mbarrier.arrive(turn.index(1 - WHO), count=1)
         s = warpgroup_mma_wait(0, deps=(s,))
         p, m, l, alpha = _softmax(
-            s, m, l, factor, valid, unit, notes, S_LAYOUT, BLOCK_N, UNIT, PART, P_SHIFT, RAGGED, BIAS
+            s, m, l, factor, valid, unit, notes, S_LAYOUT, BLOCK_N, UNIT, PART, P_SHIFT, RAGGED, BIAS, HALVES
         )  # fmt: skip
         packed = _pack(p, BLOCK_N)
         mbarrier.wait(v_full.index(0), 0)
@@ -460,7 +468,7 @@ def _consumer(
             s = warpgroup_mma_wait(1 if OVERLAP else 0, deps=(s,))
             next_alpha = alpha
             p, m, l, alpha = _softmax(
-                s, m, l, factor, valid, unit, notes, S_LAYOUT, BLOCK_N, UNIT, PART, P_SHIFT, RAGGED, BIAS
+                s, m, l, factor, valid, unit, notes, S_LAYOUT, BLOCK_N, UNIT, PART, P_SHIFT, RAGGED, BIAS, HALVES
             )  # fmt: skip
             # For the next block; here because its branch keeps the assembler from moving the wait for pv, and all that
             # follows it, up into the softmax.

@@ -154,7 +154,7 @@ def test_a_scale_that_is_not_positive(scale, quant):
     "config",
     [
         GradientConfig(32, 32, 4, 1, 16, 64, 4, 1),
-        GradientConfig(64, 16, 4, 1, 64, 16, 4, 1),
+        GradientConfig(64, 32, 4, 1, 64, 16, 4, 1),
     ],
     ids=["many-queries", "few-queries"],
 )
