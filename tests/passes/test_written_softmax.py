@@ -54,6 +54,11 @@ def shifted_by_max(scores: torch.Tensor) -> torch.Tensor:
     return scores - scores.max(dim=-1, keepdim=True).values.detach()
 
 
+def divided(powers: torch.Tensor) -> torch.Tensor:
+    powers /= powers.sum(-1, keepdim=True)
+    return powers
+
+
 SOFTMAX: dict[str, Scores] = {
     "exp": lambda s: over_sum(torch.exp(s)),
     "exp of shifted": lambda s: over_sum(shifted(s).exp()),
@@ -66,6 +71,10 @@ SOFTMAX: dict[str, Scores] = {
     "pow of chosen": lambda s: over_sum(torch.pow(2.0, torch.where(HIDDEN, -math.inf, s) * LOG2E)),
     "another base": lambda s: over_sum(10 ** shifted(s)),
     "div": lambda s: torch.div(w := s.exp(), torch.sum(w, dim=-1, keepdim=True)),
+    "unsqueezed": lambda s: (w := s.exp()) / w.sum(-1).unsqueeze(-1),
+    "indexed": lambda s: (w := torch.pow(2.0, s * LOG2E)) / w.sum(dim=-1)[..., None],
+    "in place": lambda s: (w := (s * 1.0).exp_()).div_(w.sum(-1, keepdim=True)),
+    "divided in place": lambda s: divided(s.exp()),
     "div of a list": lambda s: (w := s.exp()).div(w.sum([3], True)),
 }
 
@@ -111,6 +120,14 @@ NO_SOFTMAX: dict[str, tuple[Scores, str]] = {
         lambda s: (w := 2.0**s) / w.sum((1, 3), keepdim=True),
         "written out with pow; call torch.softmax",
     ),
+    "a sum over the rows": (lambda s: (w := s.exp()) / w.sum(-1)[:, :, None], "written out with exp;"),
+    "a sum of a transpose": (lambda s: (w := s.exp()) / w.sum(-1).unsqueeze(2), "written out with exp;"),
+    "a sum over the queries, put back": (lambda s: (w := s.exp()) / w.sum(-2)[..., None], "runs over dim -2"),
+    "float_power": (lambda s: over_sum(torch.float_power(2.0, s)).float(), "written out with float_power;"),
+    "softmin": (lambda s: torch.nn.functional.softmin(-s, dim=-1), "written out with softmin;"),
+    "a tensor as base": (lambda s: over_sum(torch.pow(torch.tensor(2.0), s)), "written out with pow;"),
+    "another dtype": (lambda s: over_sum(s.exp().double()).float(), "written out with exp;"),
+    "a mean": (lambda s: torch.div(w := s.exp(), w.mean(-1, keepdim=True)), "written out with exp;"),
     "a root of the sum": (lambda s: (w := torch.exp2(s)) / w.sum(-1, keepdim=True).sqrt(), "written out with exp2;"),
     "a base below one": (lambda s: over_sum(torch.pow(0.5, s)), "written out with pow; call torch.softmax"),
     "powers that something else reads": (read_twice, "written out with pow;"),
@@ -133,6 +150,16 @@ def test_what_only_looks_like_one_is_named(name: str) -> None:
     (graph,) = backend.graphs
     assert not graph.sites
     assert [note.level for note in graph.notes if words in note.message] == ["info", "warning"]
+
+
+def test_what_is_declined_is_the_author_s_own_again() -> None:
+    """In place as well: a mask of every query's own is not rewritten."""
+    hidden = torch.ones(LENGTH, LENGTH, dtype=torch.bool).triu(1)
+    model = Video(lambda s: divided(s.masked_fill(hidden, -math.inf).exp_())).eval()
+    x, backend = torch.randn(2, 4, 3, 8, 10), Backend(Settings.from_options(DENSE))
+    with torch.no_grad():
+        assert torch.equal(torch.compile(model, backend=backend)(x), model(x))
+    assert [site.reason_code for site in backend.graphs[0].sites] == ["mask"]
 
 
 def test_a_square_is_no_power_of_the_scores() -> None:
