@@ -79,6 +79,9 @@ def forward(
 WHOLE_BYTES = 512 << 20
 """FP8 copies up to this size are made all at once."""
 
+PIECE_BYTES = 320 << 20
+"""Larger ones are made in pieces of about this size, if they can be."""
+
 
 @dataclass(frozen=True)
 class _Piece:
@@ -109,11 +112,11 @@ class _Piece:
 def _pieces(
     q: torch.Tensor, k: torch.Tensor, phase: torch.Tensor, spec: KernelSpec, tables: Tables, resolved: ResolvedPlan
 ) -> tuple[_Piece, ...]:
-    """Half of a large call at a time, so that only half of its FP8 copies exist beside q, k, v and the output.
+    """Some heads of a large call at a time, so that only their FP8 copies exist beside q, k, v and the output.
 
-    With all of them, attention would need more memory than dense attention does. A piece is a batch element, or half of
-    the heads of the only one; each still fills a GPU many times over. Whatever must be seen as a whole stays whole: a
-    scale of all heads, and lists of units that differ by head.
+    With all of them, attention would need more memory than dense attention does. A piece is a batch element or, of the
+    only one, as many heads as PIECE_BYTES allow; each still fills a GPU many times over. Whatever must be seen as a
+    whole stays whole: a scale of all heads, and lists of units that differ by head.
     """
     batch, key_heads = k.shape[:2]
     group = q.shape[1] // key_heads
@@ -125,9 +128,9 @@ def _pieces(
     if spec.quant == "fp8" and batch * size > WHOLE_BYTES:
         if batch > 1:
             return tuple(_Piece(slice(b, b + 1), whole, whole, per_sample) for b in range(batch))
-        if key_heads > 1 and not all_heads:
-            half = -(-key_heads // 2)
-            parts = (slice(0, half), slice(half, key_heads))
+        if not all_heads:
+            each = -(-key_heads // min(key_heads, -(-size // PIECE_BYTES)))
+            parts = (slice(first, min(first + each, key_heads)) for first in range(0, key_heads, each))
             return tuple(_Piece(whole, slice(x.start * group, x.stop * group), x, per_sample) for x in parts)
     return (_Piece(whole, whole, whole, per_sample),)
 

@@ -67,10 +67,11 @@ def draw(batch: int, heads: int, key_heads: int, dim: int = 64) -> list[torch.Te
 def both_ways(
     monkeypatch: pytest.MonkeyPatch, run: Callable[[], tuple[torch.Tensor, torch.Tensor]]
 ) -> tuple[int, list[tuple[torch.Tensor, torch.Tensor]]]:
-    """(launches of pieces, [whole, in pieces])."""
+    """(launches of pieces, [whole, in pieces of one key head])."""
     found = [run()]
     pieces = []
     monkeypatch.setattr(triton, "WHOLE_BYTES", 0)
+    monkeypatch.setattr(triton, "PIECE_BYTES", 1)
     original = triton._attend
     monkeypatch.setattr(triton, "_attend", lambda *args: (pieces.append(args[0].shape), original(*args))[1])
     found.append(run())
@@ -80,8 +81,8 @@ def both_ways(
 @pytest.mark.parametrize(
     ("batch", "heads", "key_heads", "phases", "mask", "pieces"),
     [
-        (1, 3, 3, (0,), None, 2),
-        (1, 6, 3, (0,), "heads", 2),
+        (1, 3, 3, (0,), None, 3),
+        (1, 6, 3, (0,), "heads", 3),
         (2, 2, 1, (1, 0), "batch", 2),
         (2, 1, 1, (1,), None, 2),
         (1, 2, 1, (0,), None, 1),
@@ -144,9 +145,10 @@ def test_only_half_of_the_copies_exist_at_a_time(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(render, "load", silent)
     run()  # tables and constants stay
     whole = run()
-    monkeypatch.setattr(triton, "WHOLE_BYTES", 0)
-    halves = run()
     copies = 3 * 4 * TILES * 128 * 64
+    monkeypatch.setattr(triton, "WHOLE_BYTES", copies - 1)
+    monkeypatch.setattr(triton, "PIECE_BYTES", copies // 2)
+    halves = run()
     rest = q.numel() * q.element_size()  # the output
     assert rest + copies < whole < rest + 1.2 * copies
     assert rest + copies / 2 < halves < rest + 0.6 * copies

@@ -86,7 +86,7 @@ def test_scores_are_fp8_products(target: str) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("target", TARGETS)
-@pytest.mark.parametrize("dim", [64, 128])
+@pytest.mark.parametrize("dim", [64, 96, 128])
 @pytest.mark.parametrize("tile", [(4, 4, 4), (4, 8, 8)], ids=str)
 @pytest.mark.parametrize("quant", ["fp8", "none"])
 @pytest.mark.parametrize("kind", KINDS)
