@@ -33,6 +33,10 @@ VALUE_COLUMNS = 32
 FP8_DTYPES = {"e4m3": torch.float8_e4m3fn, "e4m3fnuz": torch.float8_e4m3fnuz}
 
 
+Statistics = tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor]
+"""K's mean f32 [B, Hk, DP] or None, V's mean f32 [B, Hk, DVP] or None, V's scales f32 [B, Hk, DVP]."""
+
+
 @dataclass(frozen=True, eq=False)
 class Packed:
     """FP8 operands in slot order; shapes are in ``templates/triton/README.md``."""
@@ -78,6 +82,7 @@ def pack(
     granularities: tuple[str, ...],
     scale: float,
     *,
+    statistics: Statistics | None = None,
     module: ModuleType | None = None,
 ) -> Packed:
     """Quantize one call's operands; shapes as in :mod:`fpscompile.lowerings`.
@@ -86,6 +91,7 @@ def pack(
         phase: int32 [n] on the device.
         granularities: one per phase.
         scale: factor on the scores, for ``lse_shift``.
+        statistics: of these keys and values, where they are known; see :func:`statistics_of`.
         module: instead of the rendered kernels.
     """
     module = module or render.load("quantize", spec)
@@ -93,10 +99,8 @@ def pack(
     key_heads, k_length = k.shape[1:3]
     dp, dvp = padded(q.shape[-1]), padded(v.shape[-1])
     fp8 = FP8_DTYPES[render.fp8_format(spec.target)]
-    visible = visible_keys(key_mask, batch, key_heads, heads)
-    if visible is not None:
-        visible = visible.to(torch.uint8).contiguous()
-    mean, v_mean, v_scale = _statistics(module, k, v, visible, spec, dp, dvp)
+    visible = _visible(key_mask, batch, key_heads, heads)
+    mean, v_mean, v_scale = statistics or _statistics(module, k, v, visible, spec, dp, dvp)
     values = (v, v_scale) if v_mean is None else (v, v_mean, v_scale)
 
     v8 = torch.empty(batch, key_heads, dvp, tables.k_slots, dtype=fp8, device=v.device)
@@ -114,6 +118,20 @@ def pack(
     return Packed(q8, k8, v8, q_scale, k_scale, v_scale, None if mean is None else shift, mean, v_mean)
 
 
+def statistics_of(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, key_mask: torch.Tensor | None, spec: KernelSpec
+) -> Statistics:
+    """What quantizing heads by themselves needs to know of all keys and values, in one launch for all heads."""
+    visible = _visible(key_mask, q.shape[0], k.shape[1], q.shape[1])
+    return _statistics(render.load("quantize", spec), k, v, visible, spec, padded(q.shape[-1]), padded(v.shape[-1]))
+
+
+def _visible(key_mask: torch.Tensor | None, batch: int, key_heads: int, heads: int) -> torch.Tensor | None:
+    """u8 [B, Hk, L], contiguous, 0 for keys that nobody sees; None without a mask."""
+    visible = visible_keys(key_mask, batch, key_heads, heads)
+    return None if visible is None else visible.to(torch.uint8).contiguous()
+
+
 def _statistics(
     module: ModuleType,
     k: torch.Tensor,
@@ -122,8 +140,7 @@ def _statistics(
     spec: KernelSpec,
     dp: int,
     dvp: int,
-) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor]:
-    """(K's mean [B, Hk, DP] or None, V's mean [B, Hk, DVP] or None, V's scales [B, Hk, DVP])."""
+) -> Statistics:
     batch, key_heads, length, _ = k.shape
     splits = -(-length // SPLIT_TOKENS)
     sums = torch.empty(batch, key_heads, splits, dp, device=k.device)

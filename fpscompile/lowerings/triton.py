@@ -67,11 +67,17 @@ def forward(
         return out.zero_().transpose(1, 2), lse.fill_(float("-inf"))
     phase = phase_tensor(phases, q.device)
     tables = tables_of(resolved, q.device, block_mask)
-    for at in _pieces(q, k, phase, spec, tables, resolved):
+    pieces = _pieces(q, k, phase, spec, tables, resolved)
+    statistics = None
+    if len(pieces) > 1:  # the heads of a piece are too few programs for a GPU's memory to be busy with
+        with launching(q.device):
+            statistics = operands.statistics_of(q, k, v, key_mask, spec)
+    for at in pieces:
         mask = None if key_mask is None else at.of_mask(key_mask)
+        known = None if statistics is None else at.of_statistics(statistics)
         _attend(
             at.of(q), at.of_keys(k), at.of_keys(v), mask, at.of_phase(phase), resolved, tables, spec, config, scale,
-            at.of(out.transpose(1, 2)), at.of(lse),
+            known, at.of(out.transpose(1, 2)), at.of(lse),
         )  # fmt: skip
     return out.transpose(1, 2), lse
 
@@ -98,6 +104,11 @@ class _Piece:
 
     def of_keys(self, x: torch.Tensor) -> torch.Tensor:
         return x[self.batch, self.key_heads]
+
+    def of_statistics(self, known: operands.Statistics) -> operands.Statistics:
+        k_mean, v_mean, v_scale = (None if x is None else self.of_keys(x).contiguous() for x in known)
+        assert v_scale is not None
+        return k_mean, v_mean, v_scale
 
     def of_mask(self, x: torch.Tensor) -> torch.Tensor:
         return x[self.batch if x.shape[0] > 1 else slice(None), self.heads if x.shape[1] > 1 else slice(None)]
@@ -146,6 +157,7 @@ def _attend(
     spec: KernelSpec,
     config: KernelConfig,
     scale: float,
+    statistics: operands.Statistics | None,
     out: torch.Tensor,
     lse: torch.Tensor,
 ) -> None:
@@ -156,7 +168,7 @@ def _attend(
         packed = None
         if spec.quant == "fp8":
             granularities = tuple(part.granularity for part in resolved.plan.phases)
-            packed = operands.pack(q, k, v, key_mask, phase, spec, tables, granularities, scale)
+            packed = operands.pack(q, k, v, key_mask, phase, spec, tables, granularities, scale, statistics=statistics)
         if config.variant == "hopper":
             module = render.load("attention_hopper", spec, config)
             compiled = module.launch(

@@ -60,7 +60,7 @@ def check_products(text: str, slots: int, unit: int, gqa: int = 1) -> None:
     """
     products = narrow_products(text)
     assert products, "no 32-bit product found: has the text of arith.muli changed?"
-    constants = {"1", "2", "3", "128", "", str(slots), str(unit), str(gqa)}
+    constants = {"1", "2", "3", "32", "128", "", str(slots), str(unit), str(gqa)}
     for factors in products:
         assert factors in BOUNDED or all(factor in COUNTS | constants for factor in factors), factors
 
