@@ -39,7 +39,7 @@ fill each other's gaps. What was tried on it, each against the version before:
 At the end the card draws its 700 W and lowers its clock from 1980 to about 1850 MHz; with zeros for operands it does
 not.
 
-Two later attempts are not in the kernel. **Persistent programs** (132 of them take one block of queries after another,
+Later attempts that are not in the kernel. **Persistent programs** (132 of them take one block of queries after another,
 and the producer loads the next one's keys during the last one's epilogue), on the operands of
 `benchmarks/gpu/hopper_probe.py`, against the same source with a program per block, TFLOP/s on kept pairs, two runs:
 density 0.2, 889 and 885 against 887; density 0.05, 830 and 808 against 772; 64 features (48 heads, density 0.2), 344
@@ -48,9 +48,21 @@ its correctness has not been shown on a GPU: the suite has not run with it, and 
 (1e-2) in most cases, by up to 3e-2 in the output and 2.6e-2 in the log-sum-exp. So did a program per block of the same
 source: the probe's scores reached 65, far beyond a model's. An emulation of products that are summed in 13 bits has an
 error of 1.7e-2 in the log-sum-exp there, and 4e-3 for scores a quarter as large, which the probe takes since.
-**The next block's scores during this block's softmax**, half a block at a time in the registers that the packed half
-leaves: ptxas serializes the products when units may be partly full, so that a mask is a branch in the loop (C7514).
-Without masks it compiles, with 80 spilled bytes outside the loop at 128 features, none at 64. It has not been run.
+**Other schedules of the same products**, milliseconds of the whole call at density 0.2 (tile 7x9x4) in two rounds, each
+beside the kernel as it is in the same run; the card draws 690 W in all of them, and every output was within 2e-3 of
+the kernel's:
+
+| change | with it | the kernel |
+|---|---|---|
+| P V adds to the accumulator in place, rescaled only where a row's maximum moved, put by in float32 every 16 blocks: 397 instead of 453 instructions per block | 30.4, 31.3 | 29.0, 29.0 |
+| that, and the next block's scores during this block's softmax | 29.9, 30.5 | 28.7, 29.0 |
+| the first, and Q from registers | 31.6, 32.4 | 29.0, 29.0 |
+| row maxima in four chains instead of one per row | 29.4, 30.1 | 29.0, 29.1 |
+| row maxima in two chains per row | 29.2, 30.0 | 29.0, 29.1 |
+
+The next block's scores were thought to be out of reach (ptxas serialized the products); with the accumulator in place
+and two blocks per turn of the loop it does not. None of the changes pays at the power limit. Below it two chains per
+row do: CogVideoX (64 features, 1980 MHz) 2.24 against 2.34 ms, so they are what 64 features take.
 
 **An illegal access, found and mended.** The kernel used to set up its two ping-pong barriers whether it used them or
 not; Triton puts what is handed to the roles at the same place in shared memory. Now and then, mostly beside other
@@ -199,11 +211,13 @@ besides.
 
 {measured_table(report)}
 
-Rows of the tiles that fit the grids of Wan 14B and CogVideoX, and of 3x5x16, are of one run of the code as it is; the
-others of the run before, whose ceilings were within 1 %. Errors are relative L2, 512 rows of one head, random normal
-inputs, same mask: for FP8 they are E4M3's. The speed on kept pairs is over the total less the pre-pass, which is
-timed by itself: for Wan 1.3B at density 0.09 that took 0.43 ms, not 0.3 as in the case's other rows, so the 897
-TFLOP/s there are too high.
+Rows of the tiles that fit the grids (7x9x4, 7x6x6, 3x5x16, 13x2x9) are of one run; the others of the runs before, whose
+ceilings were within 2 %. In that run the statistics of K and V were taken anew for every piece of a call (four pieces
+for Wan 14B 720p and its 0.25 ms each, against 0.41 ms for all heads at once). The code has since taken them once; that
+has not been timed. Two runs with pieces twice as large gave 6.90x and 6.61x at density 0.2, 14.25x and 13.67x at 0.09:
+the first on a cool card, the second right after a whole model. Errors are relative L2, 512 rows of one head, random
+normal inputs, same mask: for FP8 they are E4M3's. The speed on kept pairs is over the total less the pre-pass, which is
+timed by itself; where it is a third of the total (Wan 1.3B, CogVideoX), that speed is too noisy to be read.
 
 ## An earlier run
 
@@ -225,7 +239,7 @@ tile 7x9x4, density 0.2: 576 and 682.
 {PROFILE}
 ## What a step is made of
 
-Kernels of one step of Wan 14B at 720p, cut to {profile["layers"]} blocks, tile 7x9x4, density 0.2, on a
+Kernels of one step (each column of a run of its own) of Wan 14B at 720p, cut to {profile["layers"]} blocks, tile 7x9x4, density 0.2, on a
 {profile["machine"]["gpu"]} (`benchmarks/gpu/profile_model.py`):
 
 {step_table(profile)}
