@@ -54,14 +54,16 @@ the kernel's:
 
 | change | with it | the kernel |
 |---|---|---|
-| P V adds to the accumulator in place, rescaled only where a row's maximum moved, put by in float32 every 16 blocks: 397 instead of 453 instructions per block | 30.4, 31.3 | 29.0, 29.0 |
+| P V added in place | 30.4, 31.3 | 29.0, 29.0 |
 | that, and the next block's scores during this block's softmax | 29.9, 30.5 | 28.7, 29.0 |
 | the first, and Q from registers | 31.6, 32.4 | 29.0, 29.0 |
 | row maxima in four chains instead of one per row | 29.4, 30.1 | 29.0, 29.1 |
 | row maxima in two chains per row | 29.2, 30.0 | 29.0, 29.1 |
 
 The next block's scores were thought to be out of reach (ptxas serialized the products); with the accumulator in place
-and two blocks per turn of the loop it does not. None of the changes pays at the power limit. Below it two chains per
+and two blocks per turn of the loop it does not. In place means that the accumulator is
+rescaled only where a row's maximum moved and put by in float32 every 16 blocks: 397 instead of 453 instructions per
+block. None of the changes pays at the power limit. Below it two chains per
 row do: CogVideoX (64 features, 1980 MHz) 2.24 against 2.34 ms, so they are what 64 features take.
 
 **An illegal access, found and mended.** The kernel used to set up its two ping-pong barriers whether it used them or
@@ -239,7 +241,8 @@ tile 7x9x4, density 0.2: 576 and 682.
 {PROFILE}
 ## What a step is made of
 
-Kernels of one step (each column of a run of its own) of Wan 14B at 720p, cut to {profile["layers"]} blocks, tile 7x9x4, density 0.2, on a
+Kernels of one step of Wan 14B at 720p, cut to {profile["layers"]} blocks, tile 7x9x4, density 0.2, each column of a
+run of its own, on a
 {profile["machine"]["gpu"]} (`benchmarks/gpu/profile_model.py`):
 
 {step_table(profile)}
