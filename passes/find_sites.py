@@ -28,12 +28,12 @@ from torch import fx
 from fpscompile.errors import GridError
 from fpscompile.ir import AttentionSite, Reason, Rejection, Segment, Size, Span
 from fpscompile.passes import history
-from fpscompile.passes.axes import INPUT, Atom, Axis, Cat, Slice, axis_size, cut, describe, leaves, root, same
+from fpscompile.passes.axes import INPUT, Atom, Axis, Cat, Slice, axis_size, cut, describe, same
 from fpscompile.passes.base import GraphState, fake_tensor, shape_of, target_name
 from fpscompile.passes.canonical import COVERED, is_canonical
 from fpscompile.passes.grid_sources import counted, disputed, grid_of, opaque, proven, rotary_table
 from fpscompile.passes.legality import illegal
-from fpscompile.passes.not_video import REMEDY, is_data, settle_others, trail, unknown
+from fpscompile.passes.not_video import REMEDY, cross, settle_others, unknown, why_apart
 from fpscompile.passes.told_tokens import reordered, resumed
 
 ZERO = Size(sympy.Integer(0), 0)
@@ -102,7 +102,7 @@ def classify(state: GraphState, node: fx.Node, shape: tuple[Size, Size, Size, Si
             rejection=Rejection(
                 Reason.SEGMENTS,
                 f"keys and values index different tokens ({describe(k_axis)} and {describe(v_axis)})"
-                + _why_apart(state, (q_axis, k_axis, v_axis)),
+                + why_apart(state, (q_axis, k_axis, v_axis)),
                 None,
                 node,
             ),
@@ -129,7 +129,7 @@ def classify(state: GraphState, node: fx.Node, shape: tuple[Size, Size, Size, Si
     if refused:
         return replace(site, rejection=replace(refused[0], node=node))
     if not [run for run in q_runs if run in runs(k_axis)]:
-        return _in_pieces(site, q_runs, runs(k_axis)) or _cross(state, site, q_axis, k_axis)
+        return _in_pieces(site, q_runs, runs(k_axis)) or cross(state, site, q_axis, k_axis)
     return unknown(state, site, shared, labels[0][0])
 
 
@@ -145,23 +145,6 @@ def _published_otherwise(state: GraphState, site: AttentionSite) -> Rejection | 
         f"order than (t, h, w), or the published grid is; {REMEDY}, in the order of the tokens"
     )
     return Rejection(Reason.GRID_MISMATCH, message, told, site.node)
-
-
-def _cross(state: GraphState, site: AttentionSite, q_axis: Axis, k_axis: Axis) -> AttentionSite:
-    """Queries and keys of different tokens; it says so where both are made of one tensor, as a video's own may be."""
-    site = replace(site, kind="cross")
-    ours, theirs = (
-        {lead.origin for leaf in leaves(axis) if (lead := root((leaf,))) is not None and lead.source == INPUT}
-        for axis in (q_axis, k_axis)
-    )
-    why = _why_apart(state, (q_axis, k_axis)) if reordered(state, q_axis) or reordered(state, k_axis) else ""
-    if not ours & theirs and not why:
-        return site
-    message = (
-        f"cross attention: its {axis_size(k_axis)} keys ({describe(k_axis)}) are not the tokens of its "
-        f"{axis_size(q_axis)} queries ({describe(q_axis)}){why}; only 3D attention over the same tokens is rewritten"
-    )
-    return replace(site, rejection=Rejection(Reason.KIND, message, None, site.node))
 
 
 def _of_other_samples(q_batch: Axis, k_batch: Axis) -> bool:
@@ -243,22 +226,6 @@ def _told(
         )
         return replace(site, kind="3d", rejection=Rejection(Reason.GRID_MISMATCH, message, told, table))
     return _video_site(state, site, matching[0], (t, h, w), source, q_runs, k_runs)
-
-
-def _why_apart(state: GraphState, axes: tuple[Axis, ...]) -> str:
-    """What may have kept q, k and v from being known as the same tokens."""
-    if resumed():
-        return f"; they come from behind a graph break: {REMEDY}"
-    for axis in axes:
-        end, mover = trail(state, axis), reordered(state, axis)
-        if mover is not None:
-            return (
-                f"; {mover.name} ({target_name(mover)}) moves tokens of one of q, k and v: where the same is done to "
-                "all three, do it once, before they are projected"
-            )
-        if not is_data(axis) and "::" in end:
-            return f"; the trail of the tokens ends at {end}, an op that is not known here"
-    return ""
 
 
 def _apart(state: GraphState, site: AttentionSite, q_axis: Axis, k_axis: Axis, v_axis: Axis) -> AttentionSite | None:

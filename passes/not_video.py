@@ -1,12 +1,13 @@
-"""What a call is for which no grid is proven: spatial, temporal, a text refiner's, or a video that nothing shows."""
+"""What a call is for which no grid is proven: cross, spatial, temporal, a refiner of text, or a video not shown."""
 
 from __future__ import annotations
 
 from dataclasses import replace
 
 from fpscompile.ir import AttentionSite, Reason, Rejection
-from fpscompile.passes.axes import INPUT, Axis, axis_size, leaves, root
+from fpscompile.passes.axes import INPUT, Axis, axis_size, describe, leaves, root
 from fpscompile.passes.base import GraphState, target_name
+from fpscompile.passes.told_tokens import reordered, resumed
 
 REMEDY = "name it with options['grid'], or let fpscompile.attach(model) publish it for every call"
 
@@ -50,6 +51,39 @@ def unknown(state: GraphState, site: AttentionSite, shared: list[Axis], batch: A
         return replace(site, rejection=Rejection(Reason.NO_GRID, message, length.hint, site.node))
     message = f"self-attention over {length} tokens whose (t, h, w) the graph does not show; {REMEDY}"
     return replace(site, rejection=Rejection(Reason.NO_GRID, message, length.hint, site.node))
+
+
+def cross(state: GraphState, site: AttentionSite, q_axis: Axis, k_axis: Axis) -> AttentionSite:
+    """Queries and keys of different tokens; it says so where both are made of one tensor, as a video's own may be."""
+    site = replace(site, kind="cross")
+    ours, theirs = (
+        {lead.origin for leaf in leaves(axis) if (lead := root((leaf,))) is not None and lead.source == INPUT}
+        for axis in (q_axis, k_axis)
+    )
+    why = why_apart(state, (q_axis, k_axis)) if reordered(state, q_axis) or reordered(state, k_axis) else ""
+    if not ours & theirs and not why:
+        return site
+    message = (
+        f"cross attention: its {axis_size(k_axis)} keys ({describe(k_axis)}) are not the tokens of its "
+        f"{axis_size(q_axis)} queries ({describe(q_axis)}){why}; only 3D attention over the same tokens is rewritten"
+    )
+    return replace(site, rejection=Rejection(Reason.KIND, message, None, site.node))
+
+
+def why_apart(state: GraphState, axes: tuple[Axis, ...]) -> str:
+    """What may have kept q, k and v from being known as the same tokens."""
+    if resumed():
+        return f"; they come from behind a graph break: {REMEDY}"
+    for axis in axes:
+        end, mover = trail(state, axis), reordered(state, axis)
+        if mover is not None:
+            return (
+                f"; {mover.name} ({target_name(mover)}) moves tokens of one of q, k and v: where the same is done to "
+                "all three, do it once, before they are projected"
+            )
+        if not is_data(axis) and "::" in end:
+            return f"; the trail of the tokens ends at {end}, an op that is not known here"
+    return ""
 
 
 def factor_kind(axis: Axis, batch: Axis) -> str:

@@ -210,6 +210,22 @@ def test_a_kernel_that_ignores_the_chosen_tiles_is_refused(monkeypatch: pytest.M
     assert given.error(Candidate("gather"), given.inputs()) > 0.1
 
 
+def test_configs_of_a_gpu_are_those_of_the_sites_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tensors that only describe a site have no device whose architecture could be asked for."""
+    asked = []
+
+    def target_of(device: torch.device) -> str:
+        asked.append(device.type)
+        return "cuda:90"
+
+    monkeypatch.setattr("fpscompile.gpu.call.target_of", target_of)
+    monkeypatch.setattr("fpscompile.gpu.cost_model.rank", lambda spec, configs: ())
+    given = dataclasses.replace(problem(), device=torch.device("cuda"))
+    found = space.triton_configs(given, "quick")
+    assert found == [Candidate("triton")]
+    assert set(asked) == {"cuda"}
+
+
 def test_a_signature_of_tiles_chosen_by_content_says_so() -> None:
     given = chosen_problem().signature
     static = problem().signature

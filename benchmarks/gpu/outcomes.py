@@ -61,10 +61,10 @@ the kernel's:
 | row maxima in two chains per row | 29.2, 30.0 | 29.0, 29.1 |
 
 The next block's scores were thought to be out of reach (ptxas serialized the products); with the accumulator in place
-and two blocks per turn of the loop it does not. In place means that the accumulator is
-rescaled only where a row's maximum moved and put by in float32 every 16 blocks: 397 instead of 453 instructions per
-block. None of the changes pays at the power limit. Below it two chains per
-row do: CogVideoX (64 features, 1980 MHz) 2.24 against 2.34 ms, so they are what 64 features take.
+and two blocks per turn of the loop it does not. In place means that the accumulator is rescaled only where a row's
+maximum moved, and put by in float32 every 16 blocks: 397 instead of 453 instructions per block. None of the changes
+pays at the power limit. Below it two chains per row do: CogVideoX (64 features, 1980 MHz) 2.24 against 2.34 ms, so they
+are what 64 features take.
 
 **An illegal access, found and mended.** The kernel used to set up its two ping-pong barriers whether it used them or
 not; Triton puts what is handed to the roles at the same place in shared memory. Now and then, mostly beside other

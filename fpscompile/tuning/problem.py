@@ -167,7 +167,8 @@ class Problem:
     ) -> Callable[[int], torch.Tensor]:
         """The same where content chooses tiles: as ``fps::attention`` does it, from a selection that is made before."""
         q, k, v, key_mask = tensors
-        selections = {phase: self._selection(tensors, phase) for phase in self.distinct}
+        video = self.resolved.q_layout.video_tiles
+        selections = {phase: pack(self._chosen(tensors, phase), video) for phase in self.distinct}
         scale = self.head_dim**-0.5
 
         def run(phase: int) -> torch.Tensor:
@@ -178,11 +179,10 @@ class Problem:
 
         return run
 
-    def _selection(self, tensors: tuple[torch.Tensor, ...], phase: int) -> torch.Tensor:
-        """The tiles that the tensors choose in a phase, packed as ``fps::select_tiles`` packs them."""
+    def _chosen(self, tensors: tuple[torch.Tensor, ...], phase: int) -> torch.Tensor:
+        """The tiles that the tensors choose in a phase."""
         q, k, _, key_mask = tensors
-        chosen = select(q, k, phase=(phase,), resolved=self.resolved, key_mask=key_mask)
-        return pack(chosen, self.resolved.q_layout.video_tiles)
+        return select(q, k, phase=(phase,), resolved=self.resolved, key_mask=key_mask)
 
     def timed(self, candidate: Candidate, tensors: tuple[torch.Tensor, ...]) -> Callable[[], float]:
         """A function that runs all phases once and returns the mean seconds of a denoising step."""
@@ -207,28 +207,18 @@ class Problem:
     def error(self, candidate: Candidate, tensors: tuple[torch.Tensor, ...]) -> float:
         """The largest relative error over the phases, against exact attention at a sample of query rows."""
         run = self.runner(candidate, tensors)
-        worst = 0.0
+        resolved, worst = self.resolved_for(candidate), 0.0
         for phase in self.distinct:
             out = run(phase)[0]
             rows = sample_rows(self.resolved.q_layout.length, SAMPLE_ROWS, ALL_ROWS).to(out.device)
-            resolved = self.resolved_for(candidate)
-            expected = exact_rows(
-                *tensors,
-                resolved=resolved,
-                phase=phase,
-                rows=rows,
-                visible_tiles=self._visible(resolved, tensors, phase),
-            )
+            visible = self._visible(tensors, phase) if resolved.dynamic else None
+            expected = exact_rows(*tensors, resolved=resolved, phase=phase, rows=rows, visible_tiles=visible)
             worst = max(worst, float((out[:, rows].to(expected.dtype) - expected).norm() / expected.norm()))
         return worst if math.isfinite(worst) else math.inf
 
-    def _visible(self, resolved: ResolvedPlan, tensors: tuple[torch.Tensor, ...], phase: int) -> torch.Tensor | None:
-        """bool [H, query tiles, key tiles]: what the tensors choose in a phase; None where the plan alone says it."""
-        if not resolved.dynamic:
-            return None
-        q, k, _, key_mask = tensors
-        chosen = select(q, k, phase=(phase,), resolved=resolved, key_mask=key_mask)
-        return with_others(resolved.q_layout, resolved.k_layout, chosen)[0]
+    def _visible(self, tensors: tuple[torch.Tensor, ...], phase: int) -> torch.Tensor:
+        """bool [H, query tiles, key tiles]: what the tensors choose in a phase, and what is seen always."""
+        return with_others(self.resolved.q_layout, self.resolved.k_layout, self._chosen(tensors, phase))[0]
 
     def mask_errors(self, candidate: Candidate) -> list[float]:
         """Relative error that the candidate's mask makes in each real call and phase, against dense attention."""

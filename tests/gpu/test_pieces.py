@@ -12,7 +12,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from fpscompile.gpu import render
+from fpscompile.gpu import operands, render
 from fpscompile.gpu.config import KernelConfig
 from fpscompile.lowerings import triton
 from fpscompile.plan import PhasePlan, Plan, ResolvedPlan, resolve
@@ -125,6 +125,15 @@ def test_what_must_be_seen_as_a_whole_stays_whole(
         return triton.forward(q, k, v, **call)
 
     assert both_ways(monkeypatch, run)[0] == 1
+
+
+def test_keys_and_values_are_looked_at_once_for_all_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+    resolved, (q, k, v) = plan("tile"), draw(1, 3, 3)
+    looks, original = [], operands._statistics
+    monkeypatch.setattr(operands, "_statistics", lambda *args: (looks.append(args[1].shape), original(*args))[1])
+    call = {"key_mask": None, "phases": (0,), "resolved": resolved, "scale": 0.125, "config": LARGE}
+    assert both_ways(monkeypatch, lambda: triton.forward(q, k, v, **call))[0] == 3
+    assert looks == [k.shape, k.shape]  # the whole call's, and that of its pieces
 
 
 def test_only_half_of_the_copies_exist_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
