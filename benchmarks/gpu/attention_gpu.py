@@ -1,18 +1,22 @@
 """The attention kernels on one GPU against every dense bf16 SDPA backend, FlexAttention and our own bf16 form.
 
-    python benchmarks/gpu/attention_gpu.py [--cases NAME ...] [--fitting] [--flex] [--json PATH]
+    python benchmarks/gpu/attention_gpu.py [--cases NAME ...] [--fitting] [--flex] [--rounds N] [--json PATH]
 
-Medians of CUDA-event timings on random data. Quantization, smoothing, permutes and scatter are inside every figure of
-ours; "pre" is their share. Kept TFLOP/s count the query-key pairs of tokens that the mask keeps, nothing that padding
-adds. The ceilings (bf16 and FP8 matrix products, copy) are measured first, on the same machine, in the same run.
+CUDA-event timings on random data, interleaved: every round times every kernel of a case for about as long, so that all
+meet the card equally warm, since one at its power limit is 4 % slower than a cool one. Milliseconds are medians of the
+rounds' medians, speedups medians of the rounds' ratios. Quantization, smoothing, permutes and scatter are inside every
+figure of ours; "pre" is their share. Kept TFLOP/s count the query-key pairs of tokens that the mask keeps, nothing that
+padding adds. The ceilings (bf16 and FP8 matrix products, copy) are measured first, in the same run.
 """
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
+import itertools
 import json
 import math
+import statistics
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -65,8 +69,8 @@ DETAILED = "Wan 14B 720p"
 DENSITIES = (1.0, 0.5, 0.2, 0.1, 0.09, 0.05)
 
 
-def time_ms(call: Callable[[], object], budget_ms: int = 120) -> float:
-    return triton.testing.do_bench(call, warmup=30, rep=budget_ms, return_mode="median")
+def time_ms(call: Callable[[], object], budget_ms: int = 400) -> float:
+    return triton.testing.do_bench(call, warmup=50, rep=budget_ms, return_mode="median")
 
 
 def ceilings() -> dict[str, float]:
@@ -91,19 +95,25 @@ def draw(case: Case) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     return q, k, v
 
 
-def peers(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> dict[str, float]:
-    """ms of dense SDPA by backend; one that refuses is left out."""
-    found = {}
+def peers(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> dict[str, Callable[[], object]]:
+    """Dense SDPA by backend; one that refuses is left out."""
+    found: dict[str, Callable[[], object]] = {}
     for backend in (SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION):
-        try:
+
+        def call(backend: SDPBackend = backend) -> object:
             with sdpa_kernel(backend):
-                found[backend.name] = time_ms(lambda: scaled_dot_product_attention(q, k, v), 300)
+                return scaled_dot_product_attention(q, k, v)
+
+        try:
+            call()
         except RuntimeError as error:
             print(f"  {backend.name}: {str(error)[:100]}")
+            continue
+        found[backend.name] = call
     return found
 
 
-def flex_ms(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, resolved: ResolvedPlan) -> float | None:
+def flex(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, resolved: ResolvedPlan) -> Callable[[], object] | None:
     """FlexAttention with the same mask, tokens already in tile order and padded to whole blocks; None if it fails."""
     from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
@@ -124,10 +134,11 @@ def flex_ms(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, resolved: Resolve
     compiled = torch.compile(flex_attention)
     try:
         mask = BlockMask.from_kv_blocks(count, columns, BLOCK_SIZE=128, mask_mod=held)
-        return time_ms(lambda: compiled(q, k, v, block_mask=mask))
+        compiled(q, k, v, block_mask=mask)
     except Exception as error:
         print(f"  FlexAttention: {type(error).__name__} {str(error)[:200]}")
         return None
+    return lambda: compiled(q, k, v, block_mask=mask)
 
 
 def error_against_float32(out: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor,
@@ -147,60 +158,70 @@ def _tile_of_token(layout: Any, device: torch.device) -> torch.Tensor:
     return torch.empty_like(tiles).scatter_(0, layout.order(), tiles).to(device)
 
 
-def rows_of(
-    name: str, case: Case, *, flex: bool, densities: tuple[float, ...], quants: tuple[str, ...]
-) -> Iterator[dict[str, Any]]:
-    q, k, v = draw(case)
-    flop = 4 * case.length**2 * case.dim * case.heads
-    dense = peers(q, k, v)
-    fastest = min(dense.values())
-    for backend, ms in dense.items():
-        yield {"case": name, "kernel": backend, "density": 1.0, "ms": ms, "kept_tflops": flop / ms / 1e9,
-               "speedup": fastest / ms}  # fmt: skip
+Timed = tuple[dict[str, Any], Callable[[], object]]
+"""A row of the table, without its times, and what is timed for it."""
+
+
+def ours(
+    name: str, case: Case, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, with_flex: bool,
+    densities: tuple[float, ...], quants: tuple[str, ...],
+) -> Iterator[Timed]:  # fmt: skip
+    """Our kernels on one case; a row that failed has the reason under "failed"."""
     phase = torch.zeros(1, dtype=torch.int32, device="cuda")
     scale = case.dim**-0.5
-    for tile in case.tiles:
-        for density in densities if name == DETAILED else (1.0, 0.2, 0.1):
-            for quant in quants:
-                if quant == "none" and density not in (1.0, 0.2):
-                    continue
-                plan = Plan(tile=tile, phases=(PhasePlan(density=density),), clamp=True, quant=quant, lowering="triton")
-                resolved = resolve(plan, case.grid, case.length, case.length)
-                kept = resolved.densities[0]
-                config = lowering.config_of(spec_of(q, k, v, None, resolved), q.device)
+    wanted = densities if name == DETAILED else (1.0, 0.2, 0.1)
+    for tile, density, quant in itertools.product(case.tiles, wanted, quants):
+        if quant == "none" and density not in (1.0, 0.2):
+            continue
+        plan = Plan(tile=tile, phases=(PhasePlan(density=density),), clamp=True, quant=quant, lowering="triton")
+        resolved = resolve(plan, case.grid, case.length, case.length)
+        spec = spec_of(q, k, v, None, resolved)
+        config = lowering.config_of(spec, q.device)
 
-                def call(resolved: ResolvedPlan = resolved) -> torch.Tensor:
-                    return lowering.forward(q, k, v, key_mask=None, phases=phase, resolved=resolved, scale=scale)[0]
+        def call(resolved: ResolvedPlan = resolved) -> torch.Tensor:
+            return lowering.forward(q, k, v, key_mask=None, phases=phase, resolved=resolved, scale=scale)[0]
 
-                row: dict[str, Any] = {
-                    "case": name, "kernel": f"fps {quant} ({config.variant})", "tile": tile,
-                    "window": resolved.windows[0], "density": kept,
-                }  # fmt: skip
-                try:
-                    row["error"] = error_against_float32(call(), q, k, v, resolved)
-                    row["ms"] = time_ms(call)
-                except Exception as error:
-                    row["failed"] = f"{type(error).__name__}: {error}"[:300]
-                    yield row
-                    continue
-                row["pre_ms"] = 0.0
-                if quant == "fp8":
-                    spec, tables = spec_of(q, k, v, None, resolved), tables_of(resolved, q.device)
-                    row["pre_ms"] = time_ms(
-                        lambda spec=spec, tables=tables: operands.pack(
-                            q, k, v, None, phase, spec, tables, ("tile",), scale
-                        ),
-                        60,
-                    )
-                row["pre_share"] = row["pre_ms"] / row["ms"]
-                row["kept_tflops"] = flop * kept / (row["ms"] - row["pre_ms"]) / 1e9
-                row["speedup"] = fastest / row["ms"]
-                yield row
-                if flex and name == DETAILED and quant == "fp8" and density == 0.2 and tile == (4, 8, 8):
-                    ms = flex_ms(q, k, v, resolved)
-                    if ms is not None:
-                        yield {"case": name, "kernel": "FlexAttention bf16", "tile": tile, "density": kept, "ms": ms,
-                               "kept_tflops": flop * kept / ms / 1e9, "speedup": fastest / ms}  # fmt: skip
+        row: dict[str, Any] = {
+            "case": name, "kernel": f"fps {quant} ({config.variant})", "tile": tile,
+            "window": resolved.windows[0], "density": resolved.densities[0], "pre_ms": 0.0,
+        }  # fmt: skip
+        try:
+            row["error"] = error_against_float32(call(), q, k, v, resolved)
+            if quant == "fp8":
+                tables = tables_of(resolved, q.device)
+                row["pre_ms"] = time_ms(
+                    lambda spec=spec, tables=tables: operands.pack(q, k, v, None, phase, spec, tables, ("tile",), scale)
+                )
+        except Exception as error:
+            row["failed"] = f"{type(error).__name__}: {error}"[:300]
+        yield row, call
+        if with_flex and name == DETAILED and quant == "fp8" and density == 0.2 and tile == (4, 8, 8):
+            compiled = flex(q, k, v, resolved)
+            if compiled is not None:
+                alike = {key: row[key] for key in ("case", "tile", "density")}
+                yield alike | {"kernel": "FlexAttention bf16"}, compiled
+
+
+def rows_of(
+    name: str, case: Case, *, with_flex: bool, densities: tuple[float, ...], quants: tuple[str, ...], rounds: int
+) -> list[dict[str, Any]]:
+    """All rows of a case, timed in turn."""
+    q, k, v = draw(case)
+    timed: list[Timed] = [
+        ({"case": name, "kernel": backend, "density": 1.0}, call) for backend, call in peers(q, k, v).items()
+    ]
+    dense = range(len(timed))
+    timed += ours(name, case, q, k, v, with_flex=with_flex, densities=densities, quants=quants)
+    running = [index for index, (row, _) in enumerate(timed) if "failed" not in row]
+    times = [{index: time_ms(timed[index][1]) for index in running} for _ in range(rounds)]
+    flop = 4 * case.length**2 * case.dim * case.heads
+    for index in running:
+        row = timed[index][0]
+        row["ms"] = statistics.median(one[index] for one in times)
+        row["speedup"] = statistics.median(min(one[peer] for peer in dense) / one[index] for one in times)
+        row["pre_share"] = row.get("pre_ms", 0.0) / row["ms"]
+        row["kept_tflops"] = flop * row["density"] / (row["ms"] - row.get("pre_ms", 0.0)) / 1e9
+    return [row for row, _ in timed]
 
 
 def show(row: dict[str, Any], peak: float) -> None:
@@ -221,6 +242,7 @@ def main() -> None:
     parser.add_argument("--densities", nargs="+", type=float, default=list(DENSITIES))
     parser.add_argument("--fitting", action="store_true", help="only the tile that fits the grid")
     parser.add_argument("--flex", action="store_true", help="also FlexAttention, at density 0.2")
+    parser.add_argument("--rounds", type=int, default=3, help="times that each kernel of a case gets its turn")
     parser.add_argument("--quants", nargs="+", choices=("fp8", "none"), default=("fp8", "none"))
     parser.add_argument("--json", default=None)
     options = parser.parse_args()
@@ -228,7 +250,7 @@ def main() -> None:
     peaks = ceilings()
     print("ceilings:", {name: round(value, 2) for name, value in peaks.items()}, flush=True)
     machine = {"gpu": torch.cuda.get_device_name(), "torch": torch.__version__, "triton": triton.__version__}
-    report = {"benchmark": "attention_gpu", "machine": machine, "ceilings": peaks}
+    report = {"benchmark": "attention_gpu", "machine": machine, "ceilings": peaks, "rounds": options.rounds}
     rows: list[dict[str, Any]] = []
     for name in options.cases:
         try:
@@ -236,8 +258,11 @@ def main() -> None:
             case = CASES[name]
             if options.fitting:
                 case = dataclasses.replace(case, tiles=case.tiles[-1:])
-            for row in rows_of(name, case, flex=options.flex, densities=densities, quants=quants):
-                rows.append(row)
+            found = rows_of(
+                name, case, with_flex=options.flex, densities=densities, quants=quants, rounds=options.rounds
+            )
+            rows += found
+            for row in found:
                 show(row, peaks["fp8_tflops"])
         except Exception as error:  # the other cases are worth having
             print(f"{name}: {type(error).__name__}: {error}"[:400], flush=True)
