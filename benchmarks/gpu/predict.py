@@ -25,7 +25,7 @@ from rich.table import Table
 
 from fpscompile.gpu import cost_model
 from fpscompile.gpu.config import candidates, rows_of
-from fpscompile.gpu.tables import row_blocks, tables_of
+from fpscompile.gpu.tables import tables_of
 from fpscompile.kernel_spec import KernelSpec
 from fpscompile.plan import PhasePlan, Plan, resolve
 
@@ -50,9 +50,8 @@ def problem_of(spec: KernelSpec, density: float, rows: int) -> tuple[cost_model.
     plan = Plan(tile=spec.tile, phases=(PhasePlan(density=density),), quant=spec.quant)
     tokens = GRID[0] * GRID[1] * GRID[2]
     resolved = resolve(plan, GRID, tokens, tokens)
-    cpu = torch.device("cpu")
-    tables = tables_of(resolved, cpu)
-    blocks = row_blocks(resolved.q_layout, tables.slots, rows, cpu)
+    tables = tables_of(resolved, torch.device("cpu"))
+    blocks = tables.query_blocks(rows)
     units = tables.keys.count[0, 0, blocks[:, 0].long()]
     per_step = max(1, spec.block_n // tables.unit)
     steps = int((-(-units // per_step)).sum())

@@ -21,7 +21,6 @@ standard deviations, 1.4e-2 to 1.9e-2 instead of 1e-2 with one of 6). A float32 
 from __future__ import annotations
 
 import dataclasses
-import functools
 import weakref
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -35,12 +34,11 @@ from fpscompile.gpu.binary import refuse_damaged
 from fpscompile.gpu.call import head_strides, launching, phase_tensor, spec_of, why_not
 from fpscompile.gpu.config import padded
 from fpscompile.gpu.operands import KeyBias, Packed
-from fpscompile.gpu.tables import Tables, row_blocks, tables_of
+from fpscompile.gpu.tables import Tables, tables_of
 from fpscompile.hadamard import unrotate
 from fpscompile.kernel_spec import KernelSpec
 from fpscompile.masks import BlockMask
 from fpscompile.plan import ResolvedPlan
-from fpscompile.tiling import TileLayout
 
 WORKSPACE_BYTES = 256 << 20
 """Memory aimed at for what the two FP8 kernels hand over; a single key head and batch element may exceed it."""
@@ -163,7 +161,7 @@ def backward(
             packed = operands.pack(q, k, v, key_mask, phase, spec, tables, granularities, scale)
         bias = None if key_mask is None else operands.key_bias(key_mask, tables)
         for launch in launches(
-            grad_out, q, k, v, out, lse, dq, dk, dv, packed, bias, phase, resolved, tables, spec, config, scale
+            grad_out, q, k, v, out, lse, dq, dk, dv, packed, bias, phase, tables, spec, config, scale
         ):
             refuse_damaged(launch.kernel[launch.grid](*launch.args, **launch.options))
     if spec.hadamard:
@@ -193,7 +191,6 @@ def launches(
     packed: Packed | None,
     bias: KeyBias | None,
     phase: torch.Tensor,
-    resolved: ResolvedPlan,
     tables: Tables,
     spec: KernelSpec,
     config: GradientConfig,
@@ -216,8 +213,7 @@ def launches(
     # for every slot of a listed unit.
     dq_rows = min(config.dq_rows, tables.slots & -tables.slots)
     dk_keys = min(config.dk_keys, tables.unit)
-    q_blocks = blocks_of_units(resolved.q_layout, tables.slots, tables.unit, dq_rows, phase.device)
-    k_blocks = row_blocks(resolved.k_layout, tables.slots, dk_keys, phase.device)
+    q_blocks, k_blocks = tables.query_blocks(dq_rows, tables.unit), tables.key_blocks(dk_keys)
     dq_options = {"BLOCK_M": dq_rows, "BLOCK_N": min(config.dq_keys, spec.block_n), "num_stages": config.dq_stages}
     dk_options = {"BLOCK_M": config.dk_rows, "BLOCK_N": dk_keys, "num_stages": config.dk_stages}
     dq_options["num_warps"] = _warps(config.dq_warps, config.dq_rows, dq_rows)
@@ -268,21 +264,6 @@ def launches(
 def _warps(warps: int, planned: int, rows: int) -> int:
     """A block capped to 64 rows is one warpgroup's; two of them would split its columns and serialize on Hopper."""
     return min(warps, 4) if rows == 64 < planned else warps
-
-
-def blocks_of_units(layout: TileLayout, slots: int, unit: int, block: int, device: torch.device) -> torch.Tensor:
-    """:func:`fpscompile.gpu.tables.row_blocks`, and blocks without a token where their unit has one."""
-    return _blocks_of_units(layout, slots, max(unit, block), block, device)
-
-
-@functools.lru_cache(maxsize=256)
-def _blocks_of_units(layout: TileLayout, slots: int, unit: int, block: int, device: torch.device) -> torch.Tensor:
-    blocks = [
-        (tile, tile * slots + start, max(0, min(block, size - start)))
-        for tile, size in enumerate(layout.sizes().tolist())
-        for start in range(0, -(-size // unit) * unit, block)
-    ]
-    return torch.tensor(blocks, dtype=torch.int32).view(-1, 3).to(device)
 
 
 _rank_cache: weakref.WeakKeyDictionary[Tables, torch.Tensor] = weakref.WeakKeyDictionary()

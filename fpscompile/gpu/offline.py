@@ -20,7 +20,7 @@ from fpscompile.gpu.compilation import Artifacts, compile_artifacts
 from fpscompile.gpu.config import KernelConfig, padded
 from fpscompile.gpu.tables import Tables, tables_of
 from fpscompile.kernel_spec import KernelSpec
-from fpscompile.plan import PhasePlan, Plan, ResolvedPlan, resolve
+from fpscompile.plan import PhasePlan, Plan, resolve
 from fpscompile.quant import SUBTILE
 
 HEADS = 40
@@ -61,7 +61,7 @@ class _Recorder:
 
 def gradient_artifacts(spec: KernelSpec, config: gradients.GradientConfig | None = None) -> dict[str, Artifacts]:
     """The kernels of the backward by name: "query_gradients", "key_gradients" and, with FP8, "pack_gradients"."""
-    resolved, tables = _problem(spec)
+    tables = _problem(spec)
     batch, heads, key_heads = 1, HEADS, HEADS // spec.gqa_group
     dtype = getattr(torch, spec.dtype)
 
@@ -82,7 +82,7 @@ def gradient_artifacts(spec: KernelSpec, config: gradients.GradientConfig | None
     bias = None if mask is None else _bias(tables)
     packed = _pack(spec, q, k, v, mask, tables, render.load("quantize", spec)) if spec.quant == "fp8" else None
     launches = gradients.launches(
-        out, q, k, v, out, lse, dq, dk, dv, packed, bias, torch.zeros(1, dtype=torch.int32), resolved, tables, spec,
+        out, q, k, v, out, lse, dq, dk, dv, packed, bias, torch.zeros(1, dtype=torch.int32), tables, spec,
         config or gradients.default_config(spec), spec.head_dim**-0.5,
     )  # fmt: skip
     found: dict[str, Artifacts] = {}
@@ -95,7 +95,7 @@ def gradient_artifacts(spec: KernelSpec, config: gradients.GradientConfig | None
 
 def prepass_artifacts(spec: KernelSpec) -> dict[str, Artifacts]:
     """The kernels of the FP8 pre-pass by name; ``quantize_tiles`` as it is launched for K."""
-    _, tables = _problem(spec)
+    tables = _problem(spec)
     module = render.load("quantize", spec)
     kernels = ("key_statistics", "tile_maxima", "quantize_tiles", "quantize_values")
     recorders = {name: _Recorder() for name in kernels}
@@ -116,14 +116,14 @@ def prepass_artifacts(spec: KernelSpec) -> dict[str, Artifacts]:
 
 
 @functools.lru_cache(maxsize=16)
-def _problem(spec: KernelSpec) -> tuple[ResolvedPlan, Tables]:
-    """The representative grid under a spec's tiles, on the CPU."""
+def _problem(spec: KernelSpec) -> Tables:
+    """The tables of the representative grid under a spec's tiles, on the CPU."""
     names = spec.granularities
     phases = tuple(PhasePlan(density=0.25, granularity=names[i % len(names)]) for i in range(PHASES))
     smoothing = {name: getattr(spec, name) for name in ("smooth_k", "smooth_v", "hadamard")}
     plan = Plan(tile=spec.tile, phases=phases, quant=spec.quant, block_n=spec.block_n, **smoothing)
     resolved = resolve(plan, GRID, LENGTH, LENGTH)
-    return resolved, tables_of(resolved, torch.device("cpu"))
+    return tables_of(resolved, torch.device("cpu"))
 
 
 def _mask(spec: KernelSpec) -> torch.Tensor | None:

@@ -6,10 +6,9 @@ otherwise one block of a tile. Units that hold no token are never listed.
 
 from __future__ import annotations
 
-import functools
 import threading
 from collections import OrderedDict
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
@@ -52,6 +51,11 @@ class Tables:
     """The key units of each query tile: what the forward and dq walk."""
     queries: Units
     """The query units of each key tile: what dk and dv walk."""
+    q_tiles: tuple[tuple[int, int], ...]
+    """(tile, tokens) of every query tile, in the order in which programs take them: :func:`_busiest_first`."""
+    k_tiles: tuple[tuple[int, int], ...]
+    """The same for keys."""
+    _blocks: dict[tuple[str, int, int], torch.Tensor] = field(default_factory=dict, repr=False)
 
     @property
     def q_slots(self) -> int:
@@ -60,6 +64,29 @@ class Tables:
     @property
     def k_slots(self) -> int:
         return self.k_token.numel()
+
+    def query_blocks(self, rows: int, unit: int = 1) -> torch.Tensor:
+        """int32 [n, 3]: (tile, first slot of the sequence, tokens) of every block of ``rows`` rows with a token.
+
+        Args:
+            unit: slots of a unit all of whose blocks are wanted if one has a token.
+        """
+        return self._row_blocks("q", self.q_tiles, rows, max(unit, rows))
+
+    def key_blocks(self, rows: int) -> torch.Tensor:
+        """The same for keys."""
+        return self._row_blocks("k", self.k_tiles, rows, rows)
+
+    def _row_blocks(self, side: str, tiles: tuple[tuple[int, int], ...], rows: int, unit: int) -> torch.Tensor:
+        if (side, rows, unit) not in self._blocks:
+            blocks = [
+                (tile, tile * self.slots + start, max(0, min(rows, size - start)))
+                for tile, size in tiles
+                for start in range(0, -(-size // unit) * unit, rows)
+            ]
+            made = torch.tensor(blocks, dtype=torch.int32).view(-1, 3).to(self.q_token.device)
+            self._blocks[side, rows, unit] = made
+        return self._blocks[side, rows, unit]
 
 
 _cache: OrderedDict[tuple[ResolvedPlan, torch.device], Tables] = OrderedDict()
@@ -95,7 +122,19 @@ def _tables(resolved: ResolvedPlan, mask: BlockMask, device: torch.device) -> Ta
         k_token=k_layout.slots(slots).flatten().to(device, torch.int32),
         keys=_units(visible, k_layout, slots, unit, device),
         queries=_units(visible.mT, q_layout, slots, unit, device),
+        q_tiles=_busiest_first(visible, q_layout),
+        k_tiles=_busiest_first(visible.mT, k_layout),
     )
+
+
+def _busiest_first(visible: torch.Tensor, layout: TileLayout) -> tuple[tuple[int, int], ...]:
+    """(tile, tokens) of the tiles of ``layout``; equally busy ones stay in order, neighbours beside each other.
+
+    A tile of text meets every other tile. Were it a launch's last, one multiprocessor would work on it alone.
+    """
+    met = visible.sum(-1).sum((0, 1))
+    order, sizes = met.argsort(descending=True, stable=True), layout.sizes()
+    return tuple(zip(order.tolist(), sizes[order].tolist(), strict=True))
 
 
 def _units(visible: torch.Tensor, layout: TileLayout, slots: int, unit: int, device: torch.device) -> Units:
@@ -111,18 +150,3 @@ def _units(visible: torch.Tensor, layout: TileLayout, slots: int, unit: int, dev
         valid=valid.to(device, torch.int32),
         ragged=bool(((valid > 0) & (valid < unit)).any()),
     )
-
-
-def row_blocks(layout: TileLayout, slots: int, block: int, device: torch.device) -> torch.Tensor:
-    """int32 [n, 3] on ``device``: (tile, first slot of the sequence, tokens) of every block of rows with a token."""
-    return _row_blocks(layout, slots, block, device)
-
-
-@functools.lru_cache(maxsize=256)
-def _row_blocks(layout: TileLayout, slots: int, block: int, device: torch.device) -> torch.Tensor:
-    blocks = [
-        (tile, tile * slots + start, min(block, size - start))
-        for tile, size in enumerate(layout.sizes().tolist())
-        for start in range(0, size, block)
-    ]
-    return torch.tensor(blocks, dtype=torch.int32).view(-1, 3).to(device)

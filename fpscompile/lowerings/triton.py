@@ -20,7 +20,7 @@ from fpscompile.gpu import gradients, operands, render
 from fpscompile.gpu.binary import refuse_damaged
 from fpscompile.gpu.call import head_strides, launching, phase_tensor, spec_of, why_not
 from fpscompile.gpu.config import KernelConfig, default_config, padded, why_invalid
-from fpscompile.gpu.tables import Tables, row_blocks, tables_of
+from fpscompile.gpu.tables import Tables, tables_of
 from fpscompile.kernel_spec import KernelSpec
 from fpscompile.masks import BlockMask
 from fpscompile.plan import ResolvedPlan
@@ -172,7 +172,7 @@ def _attend(
         if config.variant == "hopper":
             module = render.load("attention_hopper", spec, config)
             compiled = module.launch(
-                packed, tables, row_blocks(resolved.q_layout, tables.slots, config.block_m, q.device), phase, out, lse,
+                packed, tables, tables.query_blocks(config.block_m), phase, out, lse,
                 scale, bias=bias, block_n=spec.block_n, p_shift=math.log2(spec.p_scale), ragged=tables.keys.ragged,
                 consumers=-(-config.block_m // 64), stages=config.num_stages or None,
             )  # fmt: skip
@@ -184,7 +184,7 @@ def _attend(
                 inputs += (packed.q_scale, packed.k_scale, packed.v_scale, packed.v_mean, packed.lse_shift)
             if bias is not None:
                 inputs += (bias.bias, bias.state, *head_strides(bias.bias), *head_strides(bias.state))
-            _launch(spec, config, inputs, resolved, tables, phase, out, scale)
+            _launch(spec, config, inputs, tables, phase, out, scale)
 
 
 def backward(
@@ -212,7 +212,6 @@ def _launch(
     spec: KernelSpec,
     config: KernelConfig,
     inputs: tuple[object, ...],
-    resolved: ResolvedPlan,
     tables: Tables,
     phase: torch.Tensor,
     out: torch.Tensor,
@@ -220,11 +219,11 @@ def _launch(
 ) -> None:
     module = render.load("attention", spec, config)
     batch, length, heads, _ = out.shape
-    blocks = row_blocks(resolved.q_layout, tables.slots, int(module.BLOCK_M.value), phase.device)
+    blocks = tables.query_blocks(int(module.BLOCK_M.value))
     keys = tables.keys
     compiled = module.attention_forward[(len(blocks), heads, batch)](
         *inputs, keys.count, keys.index, keys.valid, blocks, tables.q_token, phase,
-        heads, length, out.stride(1), tables.q_slots, tables.k_slots, resolved.q_layout.n_tiles,
+        heads, length, out.stride(1), tables.q_slots, tables.k_slots, keys.count.shape[2],
         keys.count.shape[1], keys.index.shape[-1], keys.count.shape[0], batch // phase.numel(), scale,
         num_warps=config.num_warps, num_stages=config.num_stages,
     )  # fmt: skip

@@ -243,7 +243,7 @@ def test_default_configs_compile_without_spills(target, quant, dim):
     heads_first = x.transpose(1, 2)
     launches = gradients.launches(
         *(heads_first,) * 5, empty(1, 2, 2048), x, x, x, packed, None, torch.zeros(1, dtype=torch.int32),
-        resolved, tables, spec, gradients.default_config(spec), 0.1,
+        tables, spec, gradients.default_config(spec), 0.1,
     )  # fmt: skip
     for launch in launches:
         report = compile_kernel(launch.kernel, launch.args, launch.options, target=target)

@@ -1,0 +1,56 @@
+"""The tables of a plan: in which order a launch's programs take their blocks of rows."""
+
+from __future__ import annotations
+
+import torch
+
+from fpscompile.gpu.tables import Tables, tables_of
+from fpscompile.plan import PhasePlan, Plan, resolve
+
+GRID, TEXT = (4, 8, 16), 70
+
+
+def tables(*windows: tuple[int, int, int], text: int = TEXT) -> Tables:
+    phases = tuple(PhasePlan(window=window) for window in windows)
+    plan = Plan(tile=(2, 4, 8), phases=phases, quant="fp8", lowering="triton")
+    length = 4 * 8 * 16 + text
+    return tables_of(resolve(plan, GRID, length, length), torch.device("cpu"))
+
+
+def test_tiles_of_text_come_first_and_the_others_stay_in_order() -> None:
+    """Only text meets all tiles; every tile of the video meets the same number in a grid of two by two by two."""
+    made = tables((1, 1, 1))
+    order = [tile for tile, _ in made.q_tiles]
+    assert [tokens for _, tokens in made.q_tiles[:2]] == [64, 6]
+    assert order == [8, 9, *range(8)]
+    assert [tile for tile, _ in made.k_tiles] == order  # every query meets the text, too
+    assert [tile for tile, _ in tables((1, 1, 1), text=0).q_tiles] == list(range(8))
+
+
+def test_all_phases_count() -> None:
+    """Of phases that take the same lists, the sum decides, and a program's list does not change with its place."""
+    made = tables((2, 2, 2), (1, 1, 1))
+    met = made.keys.count.sum((0, 1))
+    assert met[[tile for tile, _ in made.q_tiles]].diff().le(0).all()
+
+
+def test_blocks_cover_every_token_once() -> None:
+    made = tables((1, 1, 1))
+    for rows in (16, 64):
+        blocks = made.query_blocks(rows)
+        slots = torch.cat([torch.arange(first, first + tokens) for _, first, tokens in blocks.tolist()])
+        assert slots.unique().numel() == slots.numel()
+        assert made.q_token[slots].sort().values.tolist() == list(range(4 * 8 * 16 + TEXT))
+        assert (blocks[:, 1] // made.slots == blocks[:, 0]).all()
+        assert (blocks[:, 2] > 0).all()
+    whole = made.query_blocks(16, 64)
+    assert len(whole) == 10 * 4  # the second tile of text has 6 tokens in one block of four
+    assert (whole[:, 2] == 0).sum() == 3
+
+
+def test_blocks_are_made_once() -> None:
+    """A copy to the device would not be allowed while a CUDA graph is captured."""
+    made = tables((1, 1, 1))
+    assert made.query_blocks(64) is made.query_blocks(64)
+    assert made.query_blocks(64) is not made.key_blocks(64)
+    assert made.query_blocks(16, 64) is not made.query_blocks(16)
