@@ -6,6 +6,7 @@ spellings has a file of its own:
 - ``spelling_sdpa``: PyTorch's call in any argument style, 3-D or 4-D;
 - ``softmax_pattern``: ``softmax(q @ k^T * scale + mask) @ v`` written out with matmul, bmm, baddbmm or einsum;
 - ``written_softmax``: the same where the softmax itself is written out, as powers over their sum;
+- ``other_weights``: weights that no softmax made, which are not rewritten but named;
 - ``spelling_flash``, ``spelling_varlen``: flash-attn's and xformers' ops, dense and packed;
 - ``spelling_autograd``: those ops inside an ``autograd.Function``, as training captures them;
 - ``spelling_flex``: ``flex_attention``;
@@ -29,6 +30,7 @@ from torch import fx
 from fpscompile.passes.base import GraphState, target_name
 from fpscompile.passes.canonical import is_canonical
 from fpscompile.passes.interleaved_writes import join_writes
+from fpscompile.passes.other_weights import WEIGHINGS, note_other_weights
 from fpscompile.passes.softmax_pattern import normalize_softmax
 from fpscompile.passes.spelling_autograd import normalize_autograd
 from fpscompile.passes.spelling_chunks import join_chunks
@@ -46,6 +48,7 @@ SPELLINGS = {
     "softmax": normalize_softmax,
     "_softmax": normalize_softmax,
     **dict.fromkeys(POWERS, normalize_written),
+    **dict.fromkeys(WEIGHINGS, note_other_weights),
     "hop::flex_attention": normalize_flex,
     "hop::autograd_function_apply": normalize_autograd,
     "multi_head_attention_forward": normalize_mha,

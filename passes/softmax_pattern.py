@@ -99,7 +99,7 @@ def match_softmax(softmax: fx.Node, written: Written | None = None) -> Match | R
         return miss("the second product does not contract the keys", forward.node, output.left_dims)
     chain = (*forward.chain, *backward.chain)
     covered = tuple(sorted({*chain, *backward.aside}, reverse=True))
-    reshaped = next((node for node in chain if not _like(node, backward.node)), None)
+    reshaped = next((node for node in chain if not like(node, backward.node)), None)
     if reshaped is not None:
         return miss(f"{target_name(reshaped)} broadcasts or casts the scores to something else", reshaped)
     factors = [factor for factor, _ in backward.row_factors]
@@ -128,7 +128,7 @@ def match_softmax(softmax: fx.Node, written: Written | None = None) -> Match | R
     )
 
 
-def _like(node: fx.Node, scores: fx.Node) -> bool:
+def like(node: fx.Node, scores: fx.Node) -> bool:
     """Whether a node has the scores' shape, and a floating dtype."""
     left, right = shape_of(node), shape_of(scores)
     fits = len(left) == len(right) and all(same(a, b) for a, b in zip(left, right, strict=True))
@@ -357,7 +357,7 @@ def weighs(node: fx.Node, depth: int = 4) -> bool:
         return False
     if any(target_name(user) in PRODUCTS for user in node.users):
         return True
-    return any(fake_tensor(user) is not None and _like(user, node) and weighs(user, depth - 1) for user in node.users)
+    return any(fake_tensor(user) is not None and like(user, node) and weighs(user, depth - 1) for user in node.users)
 
 
 def _read_forward(softmax: fx.Node) -> _Output | Rejection | None:
