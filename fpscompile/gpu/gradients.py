@@ -40,6 +40,9 @@ from fpscompile.kernel_spec import KernelSpec
 from fpscompile.masks import BlockMask
 from fpscompile.plan import ResolvedPlan
 
+PACKED_ROWS = 32
+"""Rows of dO that one program packs; with 64 rows of 96 features, Triton 3.6 spills on sm_100."""
+
 WORKSPACE_BYTES = 256 << 20
 """Memory aimed at for what the two FP8 kernels hand over; a single key head and batch element may exceed it."""
 
@@ -253,7 +256,9 @@ def launches(
             v16[:some].copy_(packed.v.flatten(0, 1)[first : first + some])
             args = (grad_out, packed.v_scale, grad8, q_blocks, tables.q_token, *grad_out.stride())
             args += (first, heads, tables.q_slots)
-            yield Launch(module.pack_gradients, (len(q_blocks), some * group), args, {"BLOCK_M": dq_rows})
+            rows = min(dq_rows, PACKED_ROWS)
+            pack_options = {"BLOCK_M": dq_rows, "ROWS": rows}
+            yield Launch(module.pack_gradients, (len(q_blocks) * (dq_rows // rows), some * group), args, pack_options)
         sizes = (first, heads, length, *slots, keys.count.shape[2], keys.count.shape[1], keys.index.shape[-1])
         yield Launch(module.query_gradients, (len(q_blocks), some * group), (*dq_inputs, *sizes, *ends), dq_options)
         sizes = (first, key_heads, k_length, *slots, queries.count.shape[2], queries.count.shape[1],
