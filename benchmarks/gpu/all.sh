@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# One visit to a GPU machine, about ten minutes: device tests, memory checker, kernel table, whole models.
+# One visit to a GPU machine, about ten minutes: device tests, memory checker, kernel table, whole models. Other tiles,
+# FlexAttention and kernels without quantization take longer: attention_gpu.py by itself.
 #
 #   benchmarks/gpu/all.sh [RESULTS]      RESULTS: folder for JSON and logs, default benchmarks/results
 #
@@ -11,13 +12,14 @@ mkdir -p "$results"
 export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH} PYTHONUNBUFFERED=1
 workers=$(($(nproc) > 14 ? 14 : $(nproc)))
 
-timeout 120 python3 -m pytest -q -n "$workers" -m "not slow" tests/gpu -p no:cacheprovider >"$results/device_tests.log" 2>&1
-timeout 90 compute-sanitizer --tool memcheck python3 -m pytest -q -x tests/gpu/test_forward.py -p no:cacheprovider \
-    -k "text and 2x8x8 and fp8" >"$results/memcheck.log" 2>&1
-timeout 240 python3 benchmarks/gpu/attention_gpu.py --flex --json "$results/attention_gpu.json" 2>&1 | tee "$results/attention_gpu.log"
-timeout 240 python3 benchmarks/gpu/model_gpu.py --models 14B --sizes 720p --rounds 2 --json "$results/model_gpu.json" 2>&1 |
+timeout 200 python3 -m pytest -q -n "$workers" -m "not slow" tests/gpu -p no:cacheprovider >"$results/device_tests.log" 2>&1
+timeout 90 compute-sanitizer --tool memcheck python3 -m pytest -q -x tests/gpu/test_pieces.py tests/gpu/test_cuda_graph.py \
+    -p no:cacheprovider >"$results/memcheck.log" 2>&1
+timeout 150 python3 benchmarks/gpu/attention_gpu.py --fitting --quants fp8 --json "$results/attention_gpu.json" 2>&1 |
+    tee "$results/attention_gpu.log"
+timeout 200 python3 benchmarks/gpu/model_gpu.py --models 14B --sizes 720p --rounds 2 --json "$results/model_gpu.json" 2>&1 |
     tee "$results/model_gpu.log" | grep variant
-timeout 120 python3 benchmarks/gpu/profile_model.py --json "$results/profile_model.json" >"$results/profile_model.log" 2>&1
+timeout 60 python3 benchmarks/gpu/profile_model.py --json "$results/profile_model.json" >"$results/profile_model.log" 2>&1
 
 grep -hE "^(FAILED|ERROR)|passed|failed" "$results/device_tests.log" | tail -20
 grep -h "ERROR SUMMARY" "$results/memcheck.log"

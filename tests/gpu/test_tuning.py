@@ -32,14 +32,14 @@ class Model(nn.Module):
         return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
 
 
-@pytest.mark.parametrize("quant", ["none", "fp8"])
-def test_a_gpu_is_tuned_once_and_the_compilation_uses_it(quant: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("quant", "more"), [("none", {}), ("fp8", {}), ("fp8", {"window": "topk"})])
+def test_a_gpu_is_tuned_once_and_the_compilation_uses_it(quant: str, more: dict[str, str], tmp_path: Path) -> None:
     device = torch.device("cuda")
     if quant == "fp8" and not has_fp8_tensor_cores(device):
         pytest.skip("no FP8 tensor cores")
     model = Model().eval().to(device, torch.bfloat16)
     latent = torch.randn(1, 4, 8, 16, 32, device=device, dtype=torch.bfloat16)
-    options, path = OPTIONS | {"quant": quant}, tmp_path / "tuning.json"
+    options, path = OPTIONS | {"quant": quant} | more, tmp_path / "tuning.json"
     report = autotune(model, latent, options=options, path=path)
     (group,) = report.groups
     assert group.tuned is not None, group.problem
