@@ -156,14 +156,19 @@ def author_row(name: str, entry: Any) -> dict[str, Any]:
     return described(name, "authors", sites, len(fps.graphs), []) | {"family": name, "dense": error, "window": None}
 
 
-def measure(name: str, entry: Any) -> dict[str, float]:
-    """Compile times of one model."""
+def measure(entry: Any) -> dict[str, float | str]:
+    """Compile times of one model, or why Inductor alone cannot compile it."""
     from models.run_zoo import OPTIONS
+    from torch._inductor.exc import InductorError
 
     from fpscompile import Backend, Settings
 
+    try:
+        alone = seconds(entry, "inductor")
+    except InductorError as error:
+        return {"inductor_fails": str(error).strip().splitlines()[0]}
     fps = Backend(Settings.from_options(OPTIONS | {"inner": "inductor"}))
-    return {"fps_s": seconds(entry, fps), "inductor_s": seconds(entry, "inductor")}
+    return {"fps_s": seconds(entry, fps), "inductor_s": alone}
 
 
 def error_text(value: float | None) -> str:
@@ -180,8 +185,12 @@ def line(row: dict[str, Any]) -> str:
     cells = [row["model"], found, ", ".join(calls) or "none", ", ".join(row["grid"]) or "-"]
     cells.append(error_text(row["dense"]))
     if row["group"] == "diffusers":
-        timing = f"{row['fps_s']:.1f} / {row['inductor_s']:.1f}" if "fps_s" in row else "-"
-        cells += [error_text(row["window"]), str(row["graphs"]), timing, "; ".join(row["notes"])]
+        timing, notes = "-", list(row["notes"])
+        if "fps_s" in row:
+            timing = f"{row['fps_s']:.1f} / {row['inductor_s']:.1f}"
+        elif "inductor_fails" in row:
+            notes.append(f"Inductor alone cannot compile it on a CPU (`{row['inductor_fails']}`)")
+        cells += [error_text(row["window"]), str(row["graphs"]), timing, "; ".join(notes)]
     else:
         cells.append(str(row["graphs"]))
     return "| " + " | ".join(cells) + " |"
@@ -243,7 +252,9 @@ def main() -> None:
         for group, name in chosen:
             make = diffusers_row if group == "diffusers" else author_row
             times = {
-                key: rows[group, name][key] for key in ("fps_s", "inductor_s") if key in rows.get((group, name), {})
+                key: value
+                for key, value in rows.get((group, name), {}).items()
+                if key in ("fps_s", "inductor_s", "inductor_fails")
             }
             rows[group, name] = make(name, entries[group, name]) | times
             print(line(rows[group, name]), flush=True)
@@ -251,7 +262,7 @@ def main() -> None:
         return
     timed = [key for key in chosen if key[0] == "diffusers" and key in rows]
     if not arguments.again:
-        timed = [key for key in timed if "fps_s" not in rows[key]]
+        timed = [key for key in timed if not rows[key].keys() & {"fps_s", "inductor_fails"}]
     firsts = {entries[key].family: key for key in reversed(timed)}
     timed = [*firsts.values(), *(key for key in timed if key not in firsts.values())]
     torch.compile(lambda x: x + 1)(torch.ones(8))  # imports and the compiler's self-test are nobody's cost
@@ -260,7 +271,7 @@ def main() -> None:
         if time.perf_counter() - began > arguments.budget:
             print("the budget is spent; run it again to go on")
             break
-        rows[key] |= measure(key[1], entries[key])
+        rows[key] |= measure(entries[key])
         print(line(rows[key]), flush=True)
         save(rows, order)
 
