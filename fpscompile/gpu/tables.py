@@ -51,9 +51,9 @@ class Tables:
     """The key units of each query tile: what the forward and dq walk."""
     queries: Units
     """The query units of each key tile: what dk and dv walk."""
-    q_tiles: tuple[tuple[int, int], ...]
-    """(tile, tokens) of every query tile, in the order in which programs take them: :func:`_busiest_first`."""
-    k_tiles: tuple[tuple[int, int], ...]
+    q_tiles: torch.Tensor
+    """int64 [q_tiles, 2] on the CPU: (tile, tokens), in the order in which programs take them, the busiest first."""
+    k_tiles: torch.Tensor
     """The same for keys."""
     _blocks: dict[tuple[str, int, int], torch.Tensor] = field(default_factory=dict, repr=False)
 
@@ -77,16 +77,16 @@ class Tables:
         """The same for keys."""
         return self._row_blocks("k", self.k_tiles, rows, rows)
 
-    def _row_blocks(self, side: str, tiles: tuple[tuple[int, int], ...], rows: int, unit: int) -> torch.Tensor:
-        if (side, rows, unit) not in self._blocks:
-            blocks = [
-                (tile, tile * self.slots + start, max(0, min(rows, size - start)))
-                for tile, size in tiles
-                for start in range(0, -(-size // unit) * unit, rows)
-            ]
-            made = torch.tensor(blocks, dtype=torch.int32).view(-1, 3).to(self.q_token.device)
-            self._blocks[side, rows, unit] = made
-        return self._blocks[side, rows, unit]
+    def _row_blocks(self, side: str, tiles: torch.Tensor, rows: int, unit: int) -> torch.Tensor:
+        key = (side, rows, unit)
+        if key not in self._blocks:
+            tile, size = tiles.unbind(1)
+            each = -(-(-(-size // unit) * unit) // rows)
+            start = (torch.arange(int(each.sum())) - (each.cumsum(0) - each).repeat_interleave(each)) * rows
+            tile, size = tile.repeat_interleave(each), size.repeat_interleave(each)
+            blocks = torch.stack((tile, tile * self.slots + start, (size - start).clamp(0, rows)), 1)
+            self._blocks[key] = blocks.to(torch.int32).to(self.q_token.device)
+        return self._blocks[key]
 
 
 _cache: OrderedDict[tuple[ResolvedPlan, torch.device], Tables] = OrderedDict()
@@ -127,14 +127,13 @@ def _tables(resolved: ResolvedPlan, mask: BlockMask, device: torch.device) -> Ta
     )
 
 
-def _busiest_first(visible: torch.Tensor, layout: TileLayout) -> tuple[tuple[int, int], ...]:
-    """(tile, tokens) of the tiles of ``layout``; equally busy ones stay in order, neighbours beside each other.
+def _busiest_first(visible: torch.Tensor, layout: TileLayout) -> torch.Tensor:
+    """int64 [tiles, 2]: (tile, tokens); equally busy tiles stay in order, neighbours beside each other.
 
     A tile of text meets every other tile. Were it a launch's last, one multiprocessor would work on it alone.
     """
-    met = visible.sum(-1).sum((0, 1))
-    order, sizes = met.argsort(descending=True, stable=True), layout.sizes()
-    return tuple(zip(order.tolist(), sizes[order].tolist(), strict=True))
+    order = visible.sum(-1).sum((0, 1)).argsort(descending=True, stable=True)
+    return torch.stack((order, layout.sizes()[order]), 1)
 
 
 def _units(visible: torch.Tensor, layout: TileLayout, slots: int, unit: int, device: torch.device) -> Units:
