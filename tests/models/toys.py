@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import nn
 
 from fpscompile import Backend, Settings
 from fpscompile.records import SiteRecord
@@ -84,3 +86,23 @@ def compiled(function: Callable[..., Any], *args: Any, dynamic: bool | None = No
 def gradient(result: torch.Tensor, inputs: Sequence[torch.Tensor]) -> torch.Tensor:
     """All gradients of the result's square sum, concatenated."""
     return torch.cat([grad.flatten() for grad in torch.autograd.grad(result.square().sum(), list(inputs))])
+
+
+class WeighedVideo(nn.Module):
+    """Patches of (1, 2, 2) and one attention, whose weights ``weigh`` makes of scores [B, heads, L, L]."""
+
+    def __init__(self, weigh: Callable[[torch.Tensor], torch.Tensor], scale: float = D**-0.5) -> None:
+        super().__init__()
+        width = HEADS * D
+        self.embed, self.qkv = nn.Conv3d(4, width, (1, 2, 2), (1, 2, 2)), nn.Linear(width, 3 * width)
+        self.weigh, self.scale = weigh, scale
+        self.window: torch.Tensor | None = None
+        """bool [L, L]: what is seen; all where None."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.qkv(self.embed(x).flatten(2).transpose(1, 2))
+        q, k, v = x.unflatten(-1, (3, HEADS, D)).permute(2, 0, 3, 1, 4).unbind(0)
+        scores = q @ k.transpose(-2, -1) * self.scale
+        if self.window is not None:
+            scores = scores.masked_fill(~self.window, -math.inf)
+        return (self.weigh(scores) @ v).transpose(1, 2).flatten(2)

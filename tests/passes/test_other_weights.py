@@ -8,29 +8,12 @@ from collections.abc import Callable
 import pytest
 import torch
 import torch.nn.functional as F
-from models.toys import HEADS, D
+from models.toys import WeighedVideo
 from torch import nn
 
 from fpscompile import Backend, Settings
 
-SCALE = D**-0.5
-
 Step = Callable[[torch.Tensor], torch.Tensor]
-
-
-class Video(nn.Module):
-    """Patches of (1, 2, 2) and one attention, whose weights ``weigh`` makes of scores [B, heads, L, L]."""
-
-    def __init__(self, weigh: Step) -> None:
-        super().__init__()
-        width = HEADS * D
-        self.embed, self.qkv = nn.Conv3d(4, width, (1, 2, 2), (1, 2, 2)), nn.Linear(width, 3 * width)
-        self.weigh = weigh
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        x = self.qkv(self.embed(x).flatten(2).transpose(1, 2))
-        q, k, v = x.unflatten(-1, (3, HEADS, D)).permute(2, 0, 3, 1, 4).unbind(0)
-        return (self.weigh(q @ k.transpose(-2, -1)) @ v).transpose(1, 2).flatten(2)
 
 
 class Experts(nn.Module):
@@ -55,9 +38,9 @@ class Linear(nn.Module):
 
 
 WEIGHTS: dict[str, tuple[str, Step]] = {
-    "sigmoid": ("sigmoid", lambda s: torch.sigmoid(s * SCALE - 4.0)),
-    "sigmoid in place": ("sigmoid", lambda s: (s * SCALE).sigmoid_()),
-    "squared relu": ("relu", lambda s: F.relu(s * SCALE).square() / s.shape[-1]),
+    "sigmoid": ("sigmoid", lambda s: torch.sigmoid(s - 4.0)),
+    "sigmoid in place": ("sigmoid", lambda s: s.sigmoid_()),
+    "squared relu": ("relu", lambda s: F.relu(s).square() / s.shape[-1]),
     "relu to a power": ("relu", lambda s: torch.relu(s) ** 2),
     "gumbel softmax": ("gumbel_softmax", lambda s: F.gumbel_softmax(s.detach(), tau=1.0, dim=-1)),
     "masked silu": ("silu", lambda s: F.silu(s.masked_fill(s < 0, 0.0)).to(s.dtype)),
@@ -83,7 +66,7 @@ def notes_of(model: nn.Module, *inputs: torch.Tensor) -> list[str]:
 def test_attention_without_a_softmax_is_named(name: str, caplog: pytest.LogCaptureFixture) -> None:
     function, weigh = WEIGHTS[name]
     with caplog.at_level(logging.WARNING):
-        notes = notes_of(Video(weigh).eval(), torch.randn(1, 4, 3, 8, 10))
+        notes = notes_of(WeighedVideo(weigh).eval(), torch.randn(1, 4, 3, 8, 10))
     found = [note for note in notes if note.startswith("near-miss")]
     assert len(found) == 1, notes
     assert f"{function} makes its weights, and only a softmax over the keys is rewritten" in found[0]

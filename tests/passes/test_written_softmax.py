@@ -8,38 +8,18 @@ from collections.abc import Callable
 import pytest
 import torch
 from models.oracle import rectangular_mask
-from models.toys import HEADS, D
-from torch import nn
+from models.toys import WeighedVideo
 
 from fpscompile import Backend, Settings
 
-GRID, LENGTH, WIDTH = (3, 4, 5), 60, HEADS * D
+GRID, LENGTH = (3, 4, 5), 60
 TILE, WINDOW = (2, 2, 2), (1, 1, 2)
 SPARSE = {"quant": "none", "inner": "eager", "lowering": "boxes", "tile": TILE, "window": WINDOW}
 DENSE = {"quant": "none", "inner": "eager", "density": 1.0}
-SCALE = D**-0.5
 LOG2E = 1 / math.log(2)
 HIDDEN = torch.arange(LENGTH) % 7 == 3
 
 Scores = Callable[[torch.Tensor], torch.Tensor]
-
-
-class Video(nn.Module):
-    """Patches of (1, 2, 2) and one attention, whose weights ``weigh`` makes of scores [B, heads, L, L]."""
-
-    def __init__(self, weigh: Scores, scale: float = SCALE) -> None:
-        super().__init__()
-        self.embed, self.qkv = nn.Conv3d(4, WIDTH, (1, 2, 2), (1, 2, 2)), nn.Linear(WIDTH, 3 * WIDTH)
-        self.weigh, self.scale = weigh, scale
-        self.window: torch.Tensor | None = None
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        x = self.qkv(self.embed(x).flatten(2).transpose(1, 2))
-        q, k, v = x.unflatten(-1, (3, HEADS, D)).permute(2, 0, 3, 1, 4).unbind(0)
-        scores = q @ k.transpose(-2, -1) * self.scale
-        if self.window is not None:
-            scores = scores.masked_fill(~self.window, -math.inf)
-        return (self.weigh(scores) @ v).transpose(1, 2).flatten(2)
 
 
 def over_sum(powers: torch.Tensor) -> torch.Tensor:
@@ -81,7 +61,7 @@ SOFTMAX: dict[str, Scores] = {
 
 @pytest.mark.parametrize("name", SOFTMAX)
 def test_powers_over_their_sum_are_a_softmax(name: str) -> None:
-    model, x = Video(SOFTMAX[name]).eval(), torch.randn(2, 4, 3, 8, 10)
+    model, x = WeighedVideo(SOFTMAX[name]).eval(), torch.randn(2, 4, 3, 8, 10)
     backend = Backend(Settings.from_options(SPARSE))
     with torch.no_grad():
         dense = model(x)
@@ -96,7 +76,7 @@ def test_powers_over_their_sum_are_a_softmax(name: str) -> None:
 
 @pytest.mark.parametrize("name", ["torch.pow", "exp2 of shifted"])
 def test_its_gradients_are_eager_s(name: str) -> None:
-    model = Video(SOFTMAX[name])
+    model = WeighedVideo(SOFTMAX[name])
     x = torch.randn(2, 4, 3, 8, 10, requires_grad=True)
     backend = Backend(Settings.from_options(DENSE))
     actual = torch.compile(model, backend=backend)(x)
@@ -143,7 +123,7 @@ NO_SOFTMAX: dict[str, tuple[Scores, str]] = {
 @pytest.mark.parametrize("name", NO_SOFTMAX)
 def test_what_only_looks_like_one_is_named(name: str) -> None:
     weigh, words = NO_SOFTMAX[name]
-    model, x = Video(weigh).eval(), torch.randn(2, 4, 3, 8, 10)
+    model, x = WeighedVideo(weigh).eval(), torch.randn(2, 4, 3, 8, 10)
     backend = Backend(Settings.from_options(DENSE))
     with torch.no_grad():
         assert torch.equal(torch.compile(model, backend=backend)(x), model(x))
@@ -155,7 +135,7 @@ def test_what_only_looks_like_one_is_named(name: str) -> None:
 def test_what_is_declined_is_the_author_s_own_again() -> None:
     """In place as well: a mask of every query's own is not rewritten."""
     hidden = torch.ones(LENGTH, LENGTH, dtype=torch.bool).triu(1)
-    model = Video(lambda s: divided(s.masked_fill(hidden, -math.inf).exp_())).eval()
+    model = WeighedVideo(lambda s: divided(s.masked_fill(hidden, -math.inf).exp_())).eval()
     x, backend = torch.randn(2, 4, 3, 8, 10), Backend(Settings.from_options(DENSE))
     with torch.no_grad():
         assert torch.equal(torch.compile(model, backend=backend)(x), model(x))
@@ -163,7 +143,7 @@ def test_what_is_declined_is_the_author_s_own_again() -> None:
 
 
 def test_a_square_is_no_power_of_the_scores() -> None:
-    model, x = Video(lambda s: s.pow(2)).eval(), torch.randn(2, 4, 3, 8, 10)
+    model, x = WeighedVideo(lambda s: s.pow(2)).eval(), torch.randn(2, 4, 3, 8, 10)
     backend = Backend(Settings.from_options(DENSE))
     with torch.no_grad():
         assert torch.equal(torch.compile(model, backend=backend)(x), model(x))
