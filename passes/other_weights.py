@@ -7,15 +7,14 @@ two tensors, neither of them a weight of the model, whose entries weigh the rows
 
 from __future__ import annotations
 
-from typing import Any
-
-import torch
 from torch import fx
 
 from fpscompile.ir import Reason
+from fpscompile.passes.aliasing import base_of
 from fpscompile.passes.base import GraphState, fake_tensor, target_name
 from fpscompile.passes.contraction import PRODUCTS, read_contraction
 from fpscompile.passes.softmax_pattern import like, miss, tensor_operand, weighs
+from fpscompile.passes.trace_axes import is_parameter
 
 _PLAIN = (
     "sigmoid", "tanh", "relu", "relu6", "leaky_relu", "elu", "selu", "celu", "gelu", "silu", "mish", "softplus",
@@ -31,37 +30,24 @@ STEPS = 8
 
 def note_other_weights(state: GraphState, node: fx.Node) -> bool:
     """A near miss where ``node`` makes the weights of something like attention. Never changes the graph."""
-    scores = _scores(node)
-    if scores is not None and weighs(node):
+    if _first_after_scores(node) and weighs(node):
         name = target_name(node).strip("_")
         message = f"{name} makes its weights, and only a softmax over the keys is rewritten"
         state.near_misses.append(miss(message, node, code=Reason.KIND))
     return False
 
 
-def _scores(node: fx.Node) -> fx.Node | None:
-    """The product of two tensors of data that ``node`` is the first function of; None if there is none."""
+def _first_after_scores(node: fx.Node) -> bool:
+    """Whether ``node`` is the first such function of a product of two tensors of data."""
     before = tensor_operand(node)
     for _ in range(STEPS):
         if before is None or before.op not in ("call_function", "call_method"):
-            return None
+            return False
         name = target_name(before)
         if name in PRODUCTS:
             found = read_contraction(before)
-            data = found is not None and not _is_weight(found.left) and not _is_weight(found.right)
-            return before if data else None
+            return found is not None and not any(is_parameter(base_of(x)) for x in (found.left, found.right))
         if name in WEIGHINGS or "softmax" in name:
-            return None  # which has spoken for them
+            return False  # which has spoken for them
         before = next((x for x in before.all_input_nodes if fake_tensor(x) is not None and like(x, node)), None)
-    return None
-
-
-def _is_weight(node: Any) -> bool:
-    """Whether a tensor is a parameter or a constant of the model, or a view of one."""
-    for _ in range(STEPS):
-        if node.op == "get_attr" or isinstance(fake_tensor(node), torch.nn.Parameter):
-            return True
-        if len(node.all_input_nodes) != 1:
-            return False
-        node = node.all_input_nodes[0]
     return False

@@ -17,9 +17,9 @@ timeout 90 compute-sanitizer --tool memcheck python3 -m pytest -q -x tests/gpu/t
     -p no:cacheprovider >"$results/memcheck.log" 2>&1
 timeout 150 python3 benchmarks/gpu/attention_gpu.py --fitting --quants fp8 --json "$results/attention_gpu.json" 2>&1 |
     tee "$results/attention_gpu.log"
-timeout 200 python3 benchmarks/gpu/model_gpu.py --models 14B --sizes 720p --rounds 2 --json "$results/model_gpu.json" 2>&1 |
+timeout 240 python3 benchmarks/gpu/model_gpu.py --models 14B --sizes 720p --rounds 2 --json "$results/model_gpu.json" 2>&1 |
     tee "$results/model_gpu.log" | grep variant
-timeout 60 python3 benchmarks/gpu/profile_model.py --json "$results/profile_model.json" >"$results/profile_model.log" 2>&1
+timeout 120 python3 benchmarks/gpu/profile_model.py --json "$results/profile_model.json" >"$results/profile_model.log" 2>&1
 
 grep -hE "^(FAILED|ERROR)|passed|failed" "$results/device_tests.log" | tail -20
 grep -h "ERROR SUMMARY" "$results/memcheck.log"

@@ -216,7 +216,7 @@ def launches(
     # for every slot of a listed unit.
     dq_rows = min(config.dq_rows, tables.slots & -tables.slots)
     dk_keys = min(config.dk_keys, tables.unit)
-    q_blocks, k_blocks = tables.query_blocks(dq_rows, tables.unit), tables.key_blocks(dk_keys)
+    q_blocks, k_blocks = tables.query_blocks(dq_rows, whole_units=True), tables.key_blocks(dk_keys)
     dq_options = {"BLOCK_M": dq_rows, "BLOCK_N": min(config.dq_keys, spec.block_n), "num_stages": config.dq_stages}
     dk_options = {"BLOCK_M": config.dk_rows, "BLOCK_N": dk_keys, "num_stages": config.dk_stages}
     dq_options["num_warps"] = _warps(config.dq_warps, config.dq_rows, dq_rows)

@@ -61,7 +61,7 @@ class _Recorder:
 
 def gradient_artifacts(spec: KernelSpec, config: gradients.GradientConfig | None = None) -> dict[str, Artifacts]:
     """The kernels of the backward by name: "query_gradients", "key_gradients" and, with FP8, "pack_gradients"."""
-    tables = _problem(spec)
+    tables = _tables(spec)
     batch, heads, key_heads = 1, HEADS, HEADS // spec.gqa_group
     dtype = getattr(torch, spec.dtype)
 
@@ -95,7 +95,7 @@ def gradient_artifacts(spec: KernelSpec, config: gradients.GradientConfig | None
 
 def prepass_artifacts(spec: KernelSpec) -> dict[str, Artifacts]:
     """The kernels of the FP8 pre-pass by name; ``quantize_tiles`` as it is launched for K."""
-    tables = _problem(spec)
+    tables = _tables(spec)
     module = render.load("quantize", spec)
     kernels = ("key_statistics", "tile_maxima", "quantize_tiles", "quantize_values")
     recorders = {name: _Recorder() for name in kernels}
@@ -116,7 +116,7 @@ def prepass_artifacts(spec: KernelSpec) -> dict[str, Artifacts]:
 
 
 @functools.lru_cache(maxsize=16)
-def _problem(spec: KernelSpec) -> Tables:
+def _tables(spec: KernelSpec) -> Tables:
     """The tables of the representative grid under a spec's tiles, on the CPU."""
     names = spec.granularities
     phases = tuple(PhasePlan(density=0.25, granularity=names[i % len(names)]) for i in range(PHASES))

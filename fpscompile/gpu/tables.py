@@ -65,13 +65,13 @@ class Tables:
     def k_slots(self) -> int:
         return self.k_token.numel()
 
-    def query_blocks(self, rows: int, unit: int = 1) -> torch.Tensor:
+    def query_blocks(self, rows: int, *, whole_units: bool = False) -> torch.Tensor:
         """int32 [n, 3]: (tile, first slot of the sequence, tokens) of every block of ``rows`` rows with a token.
 
         Args:
-            unit: slots of a unit all of whose blocks are wanted if one has a token.
+            whole_units: all blocks of a unit if one of them has a token.
         """
-        return self._row_blocks("q", self.q_tiles, rows, max(unit, rows))
+        return self._row_blocks("q", self.q_tiles, rows, max(self.unit, rows) if whole_units else rows)
 
     def key_blocks(self, rows: int) -> torch.Tensor:
         """The same for keys."""
@@ -81,7 +81,8 @@ class Tables:
         key = (side, rows, unit)
         if key not in self._blocks:
             tile, size = tiles.unbind(1)
-            each = -(-(-(-size // unit) * unit) // rows)
+            slots = -(-size // unit) * unit
+            each = -(-slots // rows)
             start = (torch.arange(int(each.sum())) - (each.cumsum(0) - each).repeat_interleave(each)) * rows
             tile, size = tile.repeat_interleave(each), size.repeat_interleave(each)
             blocks = torch.stack((tile, tile * self.slots + start, (size - start).clamp(0, rows)), 1)

@@ -41,7 +41,7 @@ def test_blocks_cover_every_token_once() -> None:
         assert made.q_token[slots].sort().values.tolist() == list(range(4 * 8 * 16 + TEXT))
         assert (blocks[:, 1] // made.slots == blocks[:, 0]).all()
         assert (blocks[:, 2] > 0).all()
-    whole = made.query_blocks(16, 64)
+    whole = made.query_blocks(16, whole_units=True)
     assert len(whole) == 10 * 4  # the second tile of text has 6 tokens in one block of four
     assert (whole[:, 2] == 0).sum() == 3
 
@@ -51,4 +51,4 @@ def test_blocks_are_made_once() -> None:
     made = tables((1, 1, 1))
     assert made.query_blocks(64) is made.query_blocks(64)
     assert made.query_blocks(64) is not made.key_blocks(64)
-    assert made.query_blocks(16, 64) is not made.query_blocks(16)
+    assert made.query_blocks(16, whole_units=True) is not made.query_blocks(16)
