@@ -95,4 +95,11 @@ class AttentionSite:
     """How many earlier videos in front of the current one are a part of ``grid`` (``options["history"]``)."""
     table: tuple[fx.Node, int, Size, Size] | None = None
     """With ``grid_source="rotary"``: the table, its token dimension, and which of its rows are the video's."""
+    head_part: tuple[int, int] | None = None
+    """Where ranks share out the heads: (the first that this rank has, of how many)."""
     rejection: Rejection | None = None
+
+    @property
+    def all_heads(self) -> int:
+        """Heads of all ranks."""
+        return self.head_part[1] if self.head_part is not None else self.shape[1].hint

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from fpscompile.errors import OptionError
@@ -41,6 +42,17 @@ class Ranges:
                 raise OptionError(f"{where} {value!r} names an index twice")
             parts.append((first, last))
         return cls(text, tuple(parts))
+
+    @classmethod
+    def of(cls, indices: Iterable[int]) -> Ranges:
+        """The shortest spelling of indices, ascending: "0-2,5"."""
+        parts: list[tuple[int, int | None]] = []
+        for index in sorted(set(indices)):
+            if parts and parts[-1][1] == index - 1:
+                parts[-1] = (parts[-1][0], index)
+            else:
+                parts.append((index, index))
+        return cls(",".join(str(a) if a == b else f"{a}-{b}" for a, b in parts), tuple(parts))
 
     def __contains__(self, index: int) -> bool:
         return any(first <= index and (last is None or index <= last) for first, last in self.parts)

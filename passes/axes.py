@@ -14,7 +14,7 @@ from __future__ import annotations
 import functools
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import sympy
 
@@ -38,7 +38,8 @@ class Atom:
     parent: Axis | None = None
     """The axis it was derived from: the whole of a split, or what a convolution strided over."""
     role: str = "root"
-    """"root"; "high" or "low" part of a split; "strided" by a convolution or a resize; "counted" by an arange."""
+    """"root"; "high" or "low" part of a split; "strided" by a convolution or a resize; "counted" by an arange; "ranks"
+    that something was received from, and what they hold under one name "gathered"."""
 
     def __hash__(self) -> int:
         # The name tells atoms apart; hashing the parents too would walk the whole history on every look-up.
@@ -123,14 +124,16 @@ def atom(name: str, size: Size, **fields: object) -> Axis:
     return (Atom(name, size, **fields),)  # type: ignore[arg-type]
 
 
-def split(factor: Factor, high: Size) -> tuple[Axis, Axis] | None:
-    """``factor`` as (high, low) with ``high`` blocks, or None when the size does not divide."""
-    if high.hint <= 0 or factor.size.hint % high.hint:
+def split(axis: Axis, high: Size) -> tuple[Axis, Axis] | None:
+    """``axis`` as (high, low) with ``high`` blocks, or None when the size does not divide."""
+    total = axis_size(axis)
+    if high.hint <= 0 or total.hint % high.hint:
         return None
-    low = _over(factor.size, high)
-    lead = factor if isinstance(factor, Atom) else root((factor,))
-    key = factor.name if isinstance(factor, Atom) else f"({describe((factor,))})"
-    fields: dict[str, object] = {"parent": (factor,)}
+    low = _over(total, high)
+    only = axis[0] if len(axis) == 1 else None
+    lead = only if isinstance(only, Atom) else root(axis)
+    key = only.name if isinstance(only, Atom) else f"({describe(axis)})"
+    fields: dict[str, object] = {"parent": axis, "source": information(axis)[0]}
     if lead is not None:
         fields |= {"source": lead.source, "origin": lead.origin, "dim": lead.dim}
     return (
@@ -145,21 +148,24 @@ def product(factors: Sequence[Factor]) -> Axis:
     for factor in factors:
         result.append(factor)
         while len(result) >= 2 and (whole := _rejoin(result[-2], result[-1])) is not None:
-            result[-2:] = [whole]
+            result[-2:] = whole
     return tuple(result)
 
 
-def _rejoin(high: Factor, low: Factor) -> Factor | None:
+def _rejoin(high: Factor, low: Factor) -> Axis | None:
+    if not isinstance(high, Atom) or not isinstance(low, Atom):
+        return None
+    if high.role == "ranks" and low.role in ("root", "chosen"):
+        size = _times(high.size, low.size)
+        return (replace(low, name=f"{low.name} of {high.name}", size=size, parent=(low,), role="gathered"),)
     if (
-        isinstance(high, Atom)
-        and isinstance(low, Atom)
-        and high.role == "high"
+        high.role == "high"
         and low.role == "low"
         and high.parent == low.parent
         and high.parent is not None
         and same(_times(high.size, low.size), axis_size(high.parent))
     ):
-        return high.parent[0]
+        return high.parent
     return None
 
 
@@ -198,7 +204,7 @@ def _take(factors: list[Factor], size: Size) -> list[Factor] | None:
             continue
         if size.hint % have.hint:
             return None
-        parts = split(factor, _over(size, have))
+        parts = split((factor,), _over(size, have))
         if parts is None or not parts[0]:
             return None
         high, low = parts

@@ -30,6 +30,7 @@ from fpscompile.passes.axes import (
     strided,
 )
 from fpscompile.passes.base import argument, fake_tensor, fake_value, target_name
+from fpscompile.passes.collective_rules import ALL_TO_ALL, all_to_all
 from fpscompile.passes.frames import whole_of
 from fpscompile.passes.place_rules import choose, getitem, narrow, pad, select, split, unbind, unfold
 from fpscompile.passes.rule_tools import Result, Rule, dim_of, source_of
@@ -400,6 +401,10 @@ RULES: dict[str, Rule] = {
     **dict.fromkeys(names("sum mean amax amin max min prod std var logsumexp norm any all argmax argmin"), reduce),
     "scaled_dot_product_attention": attention,
     "hop::flex_attention": attention,
+    **dict.fromkeys(ALL_TO_ALL, all_to_all),
+    **dict.fromkeys(
+        names("_c10d_functional::wait_tensor _c10d_functional::all_reduce _c10d_functional::broadcast"), unary
+    ),
     "view_as_complex": complex_view,
     "view_as_real": real_view,
 }

@@ -129,6 +129,12 @@ class Replacement:
     """Nodes of the author's spelling that only it needs, last first."""
 
 
+_WRAPPERS = re.compile(
+    r"\.(function_reference|forward|__func__|__self__|__wrapped__|func(?=\.__closure__)|__closure__\.\d+\.cell_contents)"
+    r"(?=\.|$)"
+)
+
+
 class Pass(Protocol):
     """A frozen dataclass with a name; ``run`` changes the state and says whether it changed the graph."""
 
@@ -228,9 +234,9 @@ def module_path(node: fx.Node) -> str:
         return ""
     path = str(list(stack.values())[-1][0])
     words = re.findall(r"[A-Za-z_]\w*|\d+", path)
-    return ".".join(
-        word for word in words if word not in ("L", "G", "self", "fn", "target", "_modules", "__dict__", "_orig_mod")
-    )
+    kept = (w for w in words if w not in ("L", "G", "self", "fn", "target", "_modules", "__dict__", "_orig_mod"))
+    # A module whose ``forward`` was wrapped (hooks of diffusers and accelerate) is reached through the wrapper.
+    return _WRAPPERS.sub("", f".{'.'.join(kept)}").removeprefix(".")
 
 
 def target_name(node: fx.Node) -> str:

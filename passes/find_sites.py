@@ -27,7 +27,7 @@ from torch import fx
 
 from fpscompile.errors import GridError
 from fpscompile.ir import AttentionSite, Reason, Rejection, Segment, Size, Span
-from fpscompile.passes import history
+from fpscompile.passes import history, shared_heads
 from fpscompile.passes.axes import INPUT, Atom, Axis, Cat, Slice, axis_size, cut, describe, same
 from fpscompile.passes.base import GraphState, fake_tensor, shape_of, target_name
 from fpscompile.passes.canonical import COVERED, is_canonical
@@ -63,7 +63,7 @@ def _place(state: GraphState, node: fx.Node) -> AttentionSite:
         return AttentionSite(node, "other", _site_shape(shapes), dtype_of(query), rejection=rejection)
     site = classify(state, node, _site_shape(shapes))
     if site.kind == "3d" and site.rejection is None:
-        site = replace(site, rejection=state.declined.get(node) or illegal(node))
+        site = shared_heads.placed(state, replace(site, rejection=state.declined.get(node) or illegal(node)))
     if site.kind != "3d" and site.rejection is None:
         site = replace(
             site, rejection=Rejection(Reason.KIND, f"{site.kind} attention: only 3D attention is rewritten", None, node)

@@ -115,7 +115,7 @@ def _alike(left: Grid, right: Grid) -> bool:
 def opaque(run: Axis) -> bool:
     """Whether a run's label says nothing of what it is made of."""
     return len(run) == 1 and (
-        (isinstance(run[0], Atom) and run[0].role in ("root", "chosen")) or isinstance(run[0], Slice)
+        (isinstance(run[0], Atom) and run[0].role in ("root", "chosen", "gathered")) or isinstance(run[0], Slice)
     )
 
 

@@ -12,6 +12,16 @@ from fpscompile.passes.told_tokens import reordered, resumed
 REMEDY = "name it with options['grid'], or let fpscompile.attach(model) publish it for every call"
 
 
+def remedy(state: GraphState) -> str:
+    """What would tell the grid."""
+    if state.attached and state.published_grid is None and resumed():
+        return (
+            "the attachment was made ahead of torch.compile, and behind a graph break its hooks tell no grid: compile "
+            "first, then call fpscompile.attach on the compiled model"
+        )
+    return REMEDY
+
+
 def settle_others(sites: list[AttentionSite]) -> list[AttentionSite]:
     """Where a video is proven, self-attention over fewer tokens (a text refiner's) is no riddle."""
     proven = [site for site in sites if site.grid_source in ("graph", "rotary")]
@@ -47,9 +57,9 @@ def unknown(state: GraphState, site: AttentionSite, shared: list[Axis], batch: A
         message = f"its {length} tokens are not the {told[0]}*{told[1]}*{told[2]} of the grid from {source}"
         return replace(site, rejection=Rejection(Reason.KIND, message, length.hint, site.node))
     if not is_data(longest):
-        message = f"the graph does not show a grid: the trail of its tokens ends at {trail(state, longest)}; {REMEDY}"
+        message = f"the graph does not show a grid: the trail of its tokens ends at {trail(state, longest)}; {remedy(state)}"
         return replace(site, rejection=Rejection(Reason.NO_GRID, message, length.hint, site.node))
-    message = f"self-attention over {length} tokens whose (t, h, w) the graph does not show; {REMEDY}"
+    message = f"self-attention over {length} tokens whose (t, h, w) the graph does not show; {remedy(state)}"
     return replace(site, rejection=Rejection(Reason.NO_GRID, message, length.hint, site.node))
 
 
@@ -73,7 +83,7 @@ def cross(state: GraphState, site: AttentionSite, q_axis: Axis, k_axis: Axis) ->
 def why_apart(state: GraphState, axes: tuple[Axis, ...]) -> str:
     """What may have kept q, k and v from being known as the same tokens."""
     if resumed():
-        return f"; they come from behind a graph break: {REMEDY}"
+        return f"; they come from behind a graph break: {remedy(state)}"
     for axis in axes:
         end, mover = trail(state, axis), reordered(state, axis)
         if mover is not None:

@@ -22,6 +22,7 @@ from fpscompile.passes.base import GraphState, fake_tensor, size_of
 from fpscompile.passes.layers import place
 from fpscompile.plan import Plan, ResolvedPlan, resolve
 from fpscompile.schedule import Schedule
+from fpscompile.windows import of_heads
 
 INT8_LOWERINGS = ("cpp", "reference")
 
@@ -70,8 +71,20 @@ def _schedule(site: AttentionSite, state: GraphState) -> Schedule:
     variants = state.settings.variants
     placed = state.layers.get(site.node)
     if placed is None or placed.inside is None:
-        return variants[placed.variant if placed is not None else 0]
-    return stacked(variants)
+        schedule = variants[placed.variant if placed is not None else 0]
+    else:
+        schedule = stacked(variants)
+    if site.head_part is None:
+        return schedule
+    first, total = site.head_part
+    count = site.shape[1].hint
+    phases = (
+        dataclasses.replace(phase, window=of_heads(phase.window, first, count, total))
+        if phase.window is not None
+        else phase
+        for phase in schedule.phases
+    )
+    return dataclasses.replace(schedule, phases=tuple(phases))
 
 
 def _lowering(site: AttentionSite, plan: Plan, state: GraphState) -> str:

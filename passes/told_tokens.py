@@ -29,6 +29,8 @@ def reordered(state: GraphState, run: Axis) -> fx.Node | None:
     """The node of the graph that made a run by putting as many tokens in an order of its own, if one did."""
     nodes = {node.name: node for graph in state.everywhere() for node in graph.graph.nodes}
     for atom in (factor for factor in run if isinstance(factor, Atom)):
+        if atom.role == "gathered":
+            return reordered(state, atom.parent or ())
         if atom.role == "chosen":
             index = nodes.get(atom.origin)
             if atom.parent is not None and same(axis_size(atom.parent), atom.size):

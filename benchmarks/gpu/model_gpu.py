@@ -3,6 +3,8 @@
     python benchmarks/gpu/model_gpu.py [--models 1.3B 14B] [--sizes 480p 720p] [--density 0.2 0.09 0.05]
         [--json PATH]
 
+    torchrun --nproc-per-node 2 benchmarks/gpu/model_gpu.py ...      # Ulysses: N GPUs share the tokens of one step
+
 Random weights, random latents, batch 1. Every variant compiles the repeated blocks (``compile_repeated_blocks``), so
 that all pay the same compile. What has sparse attention gets a row for each density. Times are medians of CUDA-event
 timings; memory is the peak above the weights.
@@ -13,6 +15,7 @@ from __future__ import annotations
 import argparse
 import gc
 import json
+import os
 import statistics
 import sys
 import time
@@ -21,6 +24,7 @@ from typing import Any
 
 import diffusers
 import torch
+import torch.distributed as dist
 import triton
 from torch._dynamo.utils import counters
 
@@ -35,6 +39,7 @@ MODELS = {
     "1.3B": {"num_attention_heads": 12, "ffn_dim": 8960, "num_layers": 30},
     "14B": {"num_attention_heads": 40, "ffn_dim": 13824, "num_layers": 40},
 }
+GPUS, RANK = (int(os.environ.get(name, default)) for name, default in (("WORLD_SIZE", 1), ("RANK", 0)))
 SIZES = {"480p": (21, 60, 104), "720p": (21, 90, 160)}
 
 
@@ -75,6 +80,8 @@ def measure(model: torch.nn.Module, arguments: dict[str, Any], rounds: int) -> t
         weights = torch.cuda.memory_allocated()
         times = []
         for _ in range(rounds):
+            if GPUS > 1:
+                dist.barrier()
             begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
             begin.record()
             out = model(**arguments)[0]
@@ -91,18 +98,21 @@ def variant(
     torch._dynamo.reset()
     counters.clear()
     model = build(name, layers)
+    whole = GPUS == 1  # diffusers' hook that shares out the tokens breaks the graph of the first block
     if which.endswith("fp8 linears"):
         replace_linears(model.blocks)
+    if GPUS > 1:
+        model.enable_parallelism(config=diffusers.ContextParallelConfig(ulysses_degree=GPUS))
     attachment = None
     if which.startswith("fps"):
         attachment = fpscompile.attach(model)
         options = {"tile": tile, "density": density, "quant": "none" if "bf16" in which else "fp8"}
-        model.compile_repeated_blocks(backend=fps, fullgraph=True, options=options)
+        model.compile_repeated_blocks(backend=fps, fullgraph=whole, options=options)
     elif which != "eager":
-        model.compile_repeated_blocks(backend="inductor", fullgraph=True)
+        model.compile_repeated_blocks(backend="inductor", fullgraph=whole)
     out, row = measure(model, inputs(size), rounds)
     row |= {"graphs": counters["stats"]["unique_graphs"], "model": name, "size": size}
-    row |= {"variant": which, "density": density}
+    row |= {"variant": which, "density": density, "gpus": GPUS}
     if attachment is not None:
         attachment.detach()
     del model
@@ -129,6 +139,9 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=None)
     parser.add_argument("--json", default=None)
     options = parser.parse_args()
+    if GPUS > 1:
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        dist.init_process_group("nccl")
     rows = []
     for name in options.models:
         for size in options.sizes:
@@ -146,8 +159,11 @@ def main() -> None:
                     row["speedup"] = base[0] / row["ms"]
                     row["difference"] = ((out.float() - base[1].float()).norm() / base[1].float().norm()).item()
                 rows.append(row)
-                print({key: round(x, 3) if isinstance(x, float) else x for key, x in row.items()}, flush=True)
-    if options.json:
+                if RANK == 0:
+                    print({key: round(x, 3) if isinstance(x, float) else x for key, x in row.items()}, flush=True)
+    if GPUS > 1:
+        dist.destroy_process_group()
+    if options.json and RANK == 0:
         machine = {"gpu": torch.cuda.get_device_name(), "torch": torch.__version__, "triton": triton.__version__}
         report = {"benchmark": "model_gpu", "machine": machine, "options": vars(options), "rows": rows}
         Path(options.json).write_text(json.dumps(report, indent=1))

@@ -6,7 +6,7 @@ import datetime
 import hashlib
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ from rich.console import Console, Group
 from rich.table import Table
 from rich.text import Text
 
+from fpscompile.ranges import Ranges
 from fpscompile.windows import AnyWindow, Dense, Heads, pattern_of, spec_of, window_text
 
 
@@ -51,7 +52,7 @@ class SiteCalibration:
         for head, window in enumerate(self.windows[phase]):
             chosen.setdefault(window, []).append(head)
         ordered = sorted(chosen.items(), key=lambda item: len(item[1]))
-        return {_ranges(heads): window for window, heads in ordered}
+        return {Ranges.of(heads).text: window for window, heads in ordered}
 
     def window(self, phase: int) -> AnyWindow:
         """All heads in one phase as one window."""
@@ -198,14 +199,3 @@ class CalibrationReport:
             console = Console(width=160, record=True, file=nowhere, color_system=None, legacy_windows=False)
             console.print(self.__rich__(), soft_wrap=True)
             return console.export_text(styles=False).rstrip()
-
-
-def _ranges(numbers: Sequence[int]) -> str:
-    """ "0-2,5"."""
-    runs: list[list[int]] = []
-    for number in sorted(numbers):
-        if runs and number == runs[-1][1] + 1:
-            runs[-1][1] = number
-        else:
-            runs.append([number, number])
-    return ",".join(str(first) if first == last else f"{first}-{last}" for first, last in runs)

@@ -156,7 +156,7 @@ def _why_other(entry: Mapping[str, Any], sites: Mapping[str, AttentionSite]) -> 
         if name not in held:
             continue
         grid = [size.hint for size in site.grid or ()]
-        shape = {"grid": grid, "heads": site.shape[1].hint, "head_dim": site.shape[4].hint}
+        shape = {"grid": grid, "heads": site.all_heads, "head_dim": site.shape[4].hint}
         for what, value in shape.items():
             known = entry.get("grid") if what == "grid" else held[name].get(what)
             if known != value:

@@ -46,6 +46,21 @@ def per_head(window: AnyWindow) -> bool:
     return isinstance(window, Pattern) and any(isinstance(part, Heads) for part in walk(window))
 
 
+def of_heads(window: AnyWindow, first: int, count: int, total: int) -> AnyWindow:
+    """A window of ``total`` heads for ``count`` of them, from ``first`` on.
+
+    Raises:
+        OptionError: it names a head beyond ``total``.
+    """
+    if not isinstance(window, Pattern):
+        return window
+    if isinstance(window, Heads):
+        window.check(total)
+        return window.part(first, count)
+    parts = (of_heads(part, first, count, total) for part in window.parts)
+    return window.rebuilt(tuple(pattern_of(part) for part in parts))
+
+
 def on_grid(window: AnyWindow, view: View) -> AnyWindow:
     """The window on one grid: three sizes, none beyond the grid, wherever it is a product of three axes.
 
@@ -151,6 +166,7 @@ __all__ = [
     "density",
     "is_dynamic",
     "is_open",
+    "of_heads",
     "on_grid",
     "pattern_of",
     "per_head",

@@ -119,6 +119,14 @@ class Heads(Pattern):
         """The window of one head."""
         return next((pattern for ranges, pattern in self.of if head in ranges), self.rest)
 
+    def part(self, first: int, count: int) -> Pattern:
+        """The same for ``count`` heads from ``first`` on, as heads 0 to ``count - 1``: those that one rank has."""
+        heads: dict[Pattern, list[int]] = {}
+        for head in range(count):
+            heads.setdefault(self.of_head(first + head), []).append(head)
+        *others, (rest, _) = sorted(heads.items(), key=lambda item: len(item[1]))
+        return Heads(tuple((Ranges.of(own), pattern) for pattern, own in others), rest) if others else rest
+
     def check(self, heads: int) -> None:
         """Raises OptionError when a range names a head that does not exist."""
         for ranges, _ in self.of:
