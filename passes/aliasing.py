@@ -29,15 +29,21 @@ def mutates(node: fx.Node) -> bool:
     if node.op not in ("call_function", "call_method"):
         return False
     name = target_name(node).rpartition("::")[2]
-    if isinstance(node.target, torch._ops.OpOverloadPacket):
-        overloads = [getattr(node.target, overload) for overload in node.target.overloads()]
-        return any(overload._schema.is_mutable for overload in overloads)
-    if isinstance(node.target, torch._ops.OpOverload):
-        return bool(node.target._schema.is_mutable)
+    if isinstance(node.target, (torch._ops.OpOverload, torch._ops.OpOverloadPacket)):
+        return any(schema.is_mutable for schema in schemas(node.target))
+    if name == "triton_kernel_wrapper_mutation":
+        return True
     if name == "setitem" or (name.endswith("_") and not name.endswith("__")) or node.kwargs.get("out") is not None:
         return True
     in_place = node.op == "call_function" and getattr(node.target, "__module__", "") == "_operator"
     return (in_place and name.startswith("i") and name[1:] in IN_PLACE) or node.kwargs.get("inplace") is True
+
+
+def schemas(target: torch._ops.OpOverload | torch._ops.OpOverloadPacket) -> list[Any]:
+    """What an op declares, for all of its overloads where none is chosen."""
+    if isinstance(target, torch._ops.OpOverload):
+        return [target._schema]
+    return [getattr(target, overload)._schema for overload in target.overloads()]
 
 
 def base_of(node: Any) -> Any:

@@ -155,7 +155,7 @@ def product(factors: Sequence[Factor]) -> Axis:
 def _rejoin(high: Factor, low: Factor) -> Axis | None:
     if not isinstance(high, Atom) or not isinstance(low, Atom):
         return None
-    if high.role == "ranks" and low.role in ("root", "chosen"):
+    if high.role == "ranks" and low.role == "root" and low.source == INPUT:
         size = _times(high.size, low.size)
         return (replace(low, name=f"{low.name} of {high.name}", size=size, parent=(low,), role="gathered"),)
     if (

@@ -47,7 +47,7 @@ def names(text: str) -> list[str]:
 SAME_POSITION = frozenset(
     names(
         "dropout feature_dropout masked_fill masked_fill_ where addcmul addcdiv lerp clamp clamp_min clamp_max "
-        "nan_to_num copy_ fill_ zero_ silu gelu relu mish softplus"
+        "nan_to_num fill_ zero_ silu gelu relu mish softplus"
     )
 )
 
@@ -86,7 +86,7 @@ def keeps_positions(name: str) -> bool:
 def broadcast(tracer: Tracer, node: fx.Node) -> Result:
     """Align the labels of all tensor inputs from the right, as broadcasting does."""
     out = tracer.shape(node)
-    operands = [arg for arg in node.all_input_nodes if fake_tensor(arg) is not None]
+    operands = [arg for arg in node.all_input_nodes if fake_tensor(arg) is not None and arg is not node.kwargs.get("out")]
     result: list[Axis] = []
     for dim, size in enumerate(out):
         here = []
@@ -98,6 +98,17 @@ def broadcast(tracer: Tracer, node: fx.Node) -> Result:
         axis = tracer.meet(here)
         result.append(axis if axis or size.expr == 1 else fresh(node.name, dim, size))
     return tuple(result)
+
+
+def copied(tracer: Tracer, node: fx.Node) -> Result:
+    """``x.copy_(y)``: y's positions, spread over x."""
+    source = argument(node, 1, "src", argument(node, 1, "other"))
+    label, out = tracer.label(source), tracer.shape(node)
+    lead = len(out) - len(label)
+    return tuple(
+        label[dim - lead] if dim >= lead and same(axis_size(label[dim - lead]), size) else fresh(node.name, dim, size)
+        for dim, size in enumerate(out)
+    )
 
 
 def unary(tracer: Tracer, node: fx.Node) -> Result:
@@ -370,6 +381,7 @@ RULES: dict[str, Rule] = {
     **dict.fromkeys(("movedim", "moveaxis"), movedim),
     **dict.fromkeys(names("expand expand_as broadcast_to repeat tile repeat_interleave"), expand),
     **dict.fromkeys(("cat", "concat", "concatenate"), cat),
+    "copy_": copied,
     "stack": stack,
     **dict.fromkeys(names("split chunk tensor_split split_with_sizes unsafe_chunk unsafe_split"), split),
     "unbind": unbind,
@@ -396,7 +408,7 @@ RULES: dict[str, Rule] = {
     **dict.fromkeys(names("zeros ones full new_zeros new_ones new_full"), blank),
     "index_select": choose,
     **dict.fromkeys(names("index_copy index_fill scatter"), overwrite),
-    **dict.fromkeys(names("index_add scatter_add"), unary),
+    **dict.fromkeys(names("index_add scatter_add index_add_ scatter_add_ scatter_reduce_ index_fill_"), unary),
     "meshgrid": meshgrid,
     **dict.fromkeys(names("sum mean amax amin max min prod std var logsumexp norm any all argmax argmin"), reduce),
     "scaled_dot_product_attention": attention,

@@ -8,6 +8,7 @@ from torch._dynamo.symbolic_convert import InstructionTranslator
 
 from fpscompile.passes.axes import Atom, Axis, axis_size, same
 from fpscompile.passes.base import GraphState, fake_tensor, shape_of, target_name, words
+from fpscompile.passes.collective_rules import ALL_TO_ALL
 
 
 def resumed() -> bool:
@@ -21,7 +22,7 @@ def resumed() -> bool:
 
 REORDERING = words(
     "gather index_select take_along_dim take getitem flip fliplr flipud roll rot90 sort argsort topk index_copy "
-    "scatter scatter_ index_put index_put_ setitem"
+    "scatter index_put setitem"
 )
 
 
@@ -31,13 +32,15 @@ def reordered(state: GraphState, run: Axis) -> fx.Node | None:
     for atom in (factor for factor in run if isinstance(factor, Atom)):
         if atom.role == "gathered":
             return reordered(state, atom.parent or ())
+        if atom.role == "ranks":  # of which each has other tokens than a run of the rows
+            return next((node for node in nodes.values() if target_name(node) in ALL_TO_ALL), None)
         if atom.role == "chosen":
             index = nodes.get(atom.origin)
             if atom.parent is not None and same(axis_size(atom.parent), atom.size):
                 return index
             continue
         node = nodes.get(atom.origin)
-        if atom.role != "root" or node is None or target_name(node) not in REORDERING:
+        if atom.role != "root" or node is None or target_name(node).rstrip("_") not in REORDERING:
             continue
         sources = [source for source in node.all_input_nodes if fake_tensor(source) is not None]
         if any(same(size, atom.size) for source in sources[:1] for size in shape_of(source)):

@@ -19,10 +19,11 @@ from torch import fx
 from torch.utils._sympy.symbol import SymT, symbol_is_type
 
 from fpscompile.ir import Size
-from fpscompile.passes.axes import INPUT, PARAMETER, Axis, Label, axis_size, fresh, information, leaves, same
+from fpscompile.passes import writes
+from fpscompile.passes.aliasing import mutates
+from fpscompile.passes.axes import INPUT, PARAMETER, Axis, Label, axis_size, fresh, information, same
 from fpscompile.passes.axis_rules import RULES, broadcast, keeps_positions
 from fpscompile.passes.base import STAND_IN, GraphState, fake_tensor, fake_value, shape_of, size_of, target_name
-from fpscompile.passes.place_rules import index_label
 from fpscompile.passes.subgraphs import operands, results
 
 
@@ -130,6 +131,8 @@ class Tracer:
             self._input(node)
         elif node.op in ("call_function", "call_method"):
             self._call(node)
+            if mutates(node) and target_name(node) != "setitem":
+                writes.written(self, node)
 
     def _read(self, node: fx.Node) -> list[fx.Node]:
         """The operands whose values a node reads: of ``type_as`` and kin the first only."""
@@ -153,7 +156,7 @@ class Tracer:
             return
         name = target_name(node)
         if name == "setitem":
-            self._setitem(node)
+            writes.setitem(self, node)
             return
         value = fake_value(node)
         if not isinstance(value, torch.Tensor) and not (isinstance(value, (tuple, list)) and value):
@@ -200,50 +203,6 @@ class Tracer:
                     self.hints[size.expr] = sympy.Integer(size.hint)
             checked.append(axis)
         self.labels[node] = tuple(checked)
-
-    def _setitem(self, node: fx.Node) -> None:
-        """``x[index] = value`` keeps x's label where the value's tokens are x's own; elsewhere they are lost."""
-        target, index, value = node.args
-        if not isinstance(target, fx.Node) or fake_tensor(target) is None or not isinstance(value, fx.Node):
-            return
-        self.reads[target] = self.reads.get(target, 0) | self.reads.get(value, 0)
-        written = fake_tensor(value)
-        if written is None:
-            return
-        label = self.label(target)
-        sizes = self.shape(target)
-        # The region's own shape: sizes of x[index], read off the value broadcast to it.
-        try:
-            if any(fake_tensor(item) is not None for item in (index if isinstance(index, tuple) else (index,))):
-                raise LookupError  # data chooses the places
-            region = fake_tensor(target)[_plain(index)]  # type: ignore[index]
-            part = index_label(self, label, sizes, index, [size_of(s) for s in region.shape], f"{node.name}.region")
-        except Exception:  # an index a fake tensor cannot evaluate here: treat as unknown
-            part = None
-        if part is None:
-            # Tokens put in places that data chooses: an order of their own, but still the call's data.
-            self.labels[target] = tuple(fresh(node.name, dim, size, INPUT) for dim, size in enumerate(sizes))
-            return
-        given = self.label(value)
-        conflict = set()
-        for back in range(1, min(len(part), len(given)) + 1):
-            if part[-back] and given[-back] and part[-back] != given[-back]:
-                conflict.add(part[-back])
-        if conflict:
-            self.labels[target] = tuple(
-                fresh(node.name, dim, size, INPUT) if axis in conflict or _touches(axis, conflict) else axis
-                for dim, (axis, size) in enumerate(zip(label, sizes, strict=True))
-            )
-
-
-def _touches(axis: Any, lost: set[Any]) -> bool:
-    """Whether a part of ``axis`` is among the lost ones."""
-    atoms = set(leaves(axis))
-    return any(atoms & set(leaves(other)) for other in lost)
-
-
-def _plain(index: Any) -> Any:
-    return fx.map_arg(index, fake_value)
 
 
 def is_parameter(node: fx.Node) -> bool:

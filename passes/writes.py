@@ -1,0 +1,122 @@
+"""Writes into tensors: what a tensor is made of once something was put into it.
+
+``x[index] = value`` keeps the label of ``x`` where the value's tokens are x's own; elsewhere they are lost. So does a
+write into a view, for the tensor under it. What overwrites all of a tensor (``copy_``, ``out=``) gives it the label of
+what is written; what computes element by element (``add_``) keeps the positions. Any other write makes the tensor one of
+which nothing is known. Views that were taken before are of the tensor as it is now, so they lose their labels with it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import fx
+
+from fpscompile.passes.aliasing import base_of, schemas
+from fpscompile.passes.axes import INPUT, MADE, Axis, Label, fresh, leaves
+from fpscompile.passes.axis_rules import RULES, keeps_positions
+from fpscompile.passes.base import argument, fake_tensor, fake_value, size_of, target_name, words
+from fpscompile.passes.place_rules import index_label
+
+if TYPE_CHECKING:
+    from fpscompile.passes.trace_axes import Tracer
+
+IN_ORDER = words("index_add_ scatter_add_ scatter_reduce_ index_fill_ index_reduce_ requires_grad_ detach_ masked_fill_")
+"""Writes that leave what is at a position there, besides those that compute element by element."""
+
+
+def setitem(tracer: Tracer, node: fx.Node) -> None:
+    """``x[index] = value``."""
+    target, index, value = node.args
+    if not isinstance(target, fx.Node) or fake_tensor(target) is None or not isinstance(value, fx.Node):
+        return
+    tracer.reads[target] = tracer.reads.get(target, 0) | tracer.reads.get(value, 0)
+    written = fake_tensor(value)
+    if written is None:
+        return
+    label = tracer.label(target)
+    sizes = tracer.shape(target)
+    # The region's own shape: sizes of x[index], read off the value broadcast to it.
+    try:
+        if any(fake_tensor(item) is not None for item in (index if isinstance(index, tuple) else (index,))):
+            raise LookupError  # data chooses the places
+        region = fake_tensor(target)[_plain(index)]  # type: ignore[index]
+        part = index_label(tracer, label, sizes, index, [size_of(s) for s in region.shape], f"{node.name}.region")
+    except Exception:  # an index a fake tensor cannot evaluate here: treat as unknown
+        part = None
+    if part is None:
+        # Tokens put in places that data chooses: an order of their own, but still the call's data.
+        _settle(tracer, target, _unknown(tracer, target, node.name, INPUT))
+        return
+    given = tracer.label(value)
+    conflict = set()
+    for back in range(1, min(len(part), len(given)) + 1):
+        if part[-back] and given[-back] and part[-back] != given[-back]:
+            conflict.add(part[-back])
+    if conflict:
+        lost = _unknown(tracer, target, node.name, INPUT)
+        kept = (axis if axis not in conflict and not _touches(axis, conflict) else () for axis in label)
+        _settle(tracer, target, tuple(axis or other for axis, other in zip(kept, lost, strict=True)))
+
+
+def written(tracer: Tracer, node: fx.Node) -> None:
+    """An op that writes in place, other than ``x[index] = value``."""
+    name = target_name(node)
+    if name in IN_ORDER or (name != "copy_" and keeps_positions(name) and node.kwargs.get("out") is None):
+        return
+    for target in _targets(node):
+        tracer.reads[target] = tracer.reads.get(target, 0) | tracer.reads.get(node, 0)
+        result = fake_tensor(node)
+        if (name in RULES or keeps_positions(name)) and result is not None and len(result.shape) == len(tracer.label(target)):
+            _settle(tracer, target, tracer.label(node))
+        else:
+            _settle(tracer, target, _unknown(tracer, target, node.name, MADE))
+
+
+def _targets(node: fx.Node) -> Iterator[fx.Node]:
+    """The tensors that a node writes."""
+    given: list[Any]
+    if node.kwargs.get("out") is not None:
+        given = [node.kwargs["out"]]
+    elif isinstance(node.target, (torch._ops.OpOverload, torch._ops.OpOverloadPacket)):
+        given = []
+        for schema in schemas(node.target):
+            for position, each in enumerate(schema.arguments):
+                if each.alias_info is not None and each.alias_info.is_write:
+                    given.append(argument(node, position, each.name))
+    elif isinstance(node.target, torch._ops.HigherOrderOperator):
+        given = list(node.all_input_nodes)
+    else:
+        given = [node.args[0] if node.args else node.kwargs.get("input")]
+    seen = set()
+    for item in given:
+        for target in item if isinstance(item, (tuple, list)) else (item,):
+            if isinstance(target, fx.Node) and fake_tensor(target) is not None and target not in seen:
+                seen.add(target)
+                yield target
+
+
+def _settle(tracer: Tracer, target: fx.Node, label: Label) -> None:
+    """``target`` is made of ``label`` from now on; what shares its memory, of nothing known, if that is news."""
+    if label == tracer.label(target):
+        return
+    base = base_of(target)
+    for node in [node for node in tracer.labels if node is not target and base_of(node) is base]:
+        tracer.labels[node] = _unknown(tracer, node, f"{node.name} written", INPUT)
+    tracer.labels[target] = label
+
+
+def _unknown(tracer: Tracer, node: fx.Node, name: str, source: int) -> Label:
+    return tuple(fresh(name, dim, size, source) for dim, size in enumerate(tracer.shape(node)))
+
+
+def _touches(axis: Axis, lost: set[Axis]) -> bool:
+    """Whether a part of ``axis`` is among the lost ones."""
+    atoms = set(leaves(axis))
+    return any(atoms & set(leaves(other)) for other in lost)
+
+
+def _plain(index: Any) -> Any:
+    return fx.map_arg(index, fake_value)
