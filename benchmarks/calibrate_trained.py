@@ -1,10 +1,10 @@
 """What calibration finds on a model that was trained: the small Wan of ``examples/small_wan``, sampling.
 
 Each sample is a clip made from its own noise, all of its denoising steps; half of the samples are held out. For each
-error budget and set of candidates: the density with a window per head and phase; that of one window for all heads and
-phases of a site, of any family or of the static ones, at the same error; the error predicted and measured. And how much
-of each head's attention its best tiles hold, whatever window might find them: where a tenth of the tiles holds little,
-no window can.
+error budget and set of candidates: the density with a window per head and phase; at the same error, that of one window
+for all heads and phases of each site, of any family or of the static ones, and of one static window for the model; the
+error predicted and measured. And how much of each head's attention its best tiles hold, whatever window might find
+them: where a tenth of the tiles holds little, no window can.
 
     python benchmarks/calibrate_trained.py [--samples 32] [--steps 5] [--weights PATH] [--json PATH]
 """
@@ -76,6 +76,7 @@ def row(pipe: Pipeline, tile: Sequence[int], content: bool, max_error: float, co
         "density": report.density,
         "one_window": report.uniform_density,
         "gain": report.uniform_density / report.density,
+        "one_for_model": report.single_density,
         "predicted": report.predicted,
         "measured": report.measured,
         "off": max(
@@ -118,10 +119,11 @@ def concentration(pipe: Pipeline, tile: Sequence[int], count: int) -> list[dict[
 
 def beside_static(rows: list[dict[str, Any]]) -> None:
     """Writes into each row what one static window needs at its error."""
-    static = {r["max_error"]: r["one_window"] for r in rows if r["candidates"] == "windows"}
+    static = {r["max_error"]: r for r in rows if r["candidates"] == "windows"}
     for one in rows:
-        one["one_static"] = static[one["max_error"]]
+        one["one_static"] = static[one["max_error"]]["one_window"]
         one["gain_static"] = one["one_static"] / one["density"]
+        one["gain_model"] = static[one["max_error"]]["one_for_model"] / one["density"]
 
 
 COLUMNS: dict[str, Callable[[Any], str]] = {
@@ -133,6 +135,7 @@ COLUMNS: dict[str, Callable[[Any], str]] = {
     "gain": "{:.2f}x".format,
     "one_static": "{:.3f}".format,
     "gain_static": "{:.2f}x".format,
+    "gain_model": "{:.2f}x".format,
     "predicted": "{:.2%}".format,
     "measured": "{:.2%}".format,
     "off": "{:.1%}".format,
@@ -165,6 +168,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     summary = {
         "gain": [min(r["gain"] for r in rows), max(r["gain"] for r in rows)],
         "gain_static": [min(r["gain_static"] for r in rows), max(r["gain_static"] for r in rows)],
+        "gain_model": [min(r["gain_model"] for r in rows), max(r["gain_model"] for r in rows)],
         "worst_prediction": max(r["off"] for r in rows),
         "heads": heads,
     }

@@ -132,13 +132,14 @@ def calibration_trained(report: dict[str, Any]) -> list[Row]:
     out = []
     for kind, names in (("windows", "windows"), ("windows, top-k", "windows and tiles chosen by content")):
         some = [row for row in rows if row["candidates"] == kind]
-        static, alike = ([row[key] for row in some] for key in ("gain_static", "gain"))
-        figure = f"{min(static):.2f} to {max(static):.2f}"
-        if kind != "windows":
-            figure += f" ({min(alike):.2f} to {max(alike):.2f} over one top-k or window for all)"
+        model, site, alike = (
+            ", ".join(f"{row[key]:.2f}" for row in some) for key in ("gain_model", "gain_static", "gain")
+        )
+        figure = f"{model} (of each site: {site}"
+        figure += f"; over one top-k or window of each: {alike})" if kind != "windows" else ")"
         what = (
             f"`fpscompile.calibrate`, the trained small Wan sampling, error budgets {budgets}, {names}: density of one "
-            "fixed window for all heads over that of a choice per head and phase, at equal error"
+            "fixed window for all heads of the model over that of a choice per head and phase, at equal error"
         )
         out.append((what, figure, ">= 1.5"))
     held_out = min(row["held_out"] for row in rows)

@@ -314,6 +314,7 @@ def test_calibration_recovers_the_structure(tmp_path: Path) -> None:
         assert made.held_out_calls == 16
         assert made.uniform_density >= 1.5 * made.densities[0], "than one window for all heads, at equal error"
     assert report.uniform_density >= 1.5 * report.density
+    assert report.single_density >= report.uniform_density
     assert "heads: window" in str(report)
     assert "spatial" in str(report)
 

@@ -59,6 +59,7 @@ def choose(report: CalibrationReport, sites: Mapping[str, SiteStatistics]) -> No
             chosen |= {place: dense for place in chosen if place[0] == name}
     for site in sites.values():
         report.sites.append(_site(report, site, chosen, finest))
+    report.single_density = _single(report, sites, finest)
     if target is not None and cost > target + 1e-9 * dense_cost:
         report.notes.append(
             f"target_density={report.target_density} is missed, the density is {report.density:.4f}: "
@@ -167,18 +168,43 @@ def _site(
     return made
 
 
+def _single(
+    report: CalibrationReport, sites: Mapping[str, SiteStatistics], levels: Mapping[tuple[str, int], int]
+) -> float:
+    """Density of the sparsest candidate that keeps every site within its error, for the whole model."""
+    errors = {site.name: max(site.predicted, report.max_error or 0.0) for site in report.sites}
+    total = sum(_flops(site) for site in sites.values())
+    best = 1.0
+    for window in dict.fromkeys(window for site in sites.values() for window in site.candidates.windows):
+        densities = {
+            name: _within(site, site.candidates.windows.index(window), levels, errors[name], report.weights)
+            for name, site in sites.items()
+            if window in site.candidates.windows
+        }
+        if len(densities) == len(sites) and None not in densities.values():
+            mean = sum(_flops(sites[name]) * float(density or 0.0) for name, density in densities.items()) / total
+            best = min(best, mean)
+    return best
+
+
 def _uniform(
     site: SiteStatistics, levels: Mapping[tuple[str, int], int], budget: float, weights: Sequence[float]
 ) -> float:
     """Mean density of the sparsest candidate that keeps the site within an error, for all heads and phases alike; where
     no sample came, it is dense as well."""
-    dense = site.candidates.densities[-1]
+    found = (_within(site, index, levels, budget, weights) for index in range(len(site.candidates.densities)))
+    return next((density for density in found if density is not None), site.candidates.densities[-1])
+
+
+def _within(
+    site: SiteStatistics, index: int, levels: Mapping[tuple[str, int], int], budget: float, weights: Sequence[float]
+) -> float | None:
+    """Mean density of a site that has one candidate throughout; None if it errs more than ``budget``."""
+    errors = [call.error[:, index, levels[site.name, call.phase]].sum() for call in site.calls]
+    if relative_error(errors) > budget * (1 + 1e-9):
+        return None
     seen = sum(weights[phase] for phase in site.phases())
-    for index, density in enumerate(site.candidates.densities):
-        errors = [call.error[:, index, levels[site.name, call.phase]].sum() for call in site.calls]
-        if relative_error(errors) <= budget * (1 + 1e-9):
-            return seen * density + (1 - seen) * dense
-    return dense
+    return seen * site.candidates.densities[index] + (1 - seen) * site.candidates.densities[-1]
 
 
 def _why_dense(site: SiteStatistics, levels: Mapping[tuple[str, int], int], max_error: float | None) -> str:

@@ -77,6 +77,8 @@ class CalibrationReport:
     sites: list[SiteCalibration] = field(default_factory=list)
     samples: int = 0
     held_out: int = 0
+    single_density: float = 1.0
+    """Of the sparsest window that keeps every site within its error, the same for all heads, phases and sites."""
     notes: list[str] = field(default_factory=list)
     path: Path | None = None
     """Where it is saved."""
@@ -179,8 +181,9 @@ class CalibrationReport:
     def __rich__(self) -> Group:
         measured = f", measured {self.measured:.2%} on {self.held_out} held-out samples" if self.measured else ""
         title = (
-            f"{self.model} on grid {'x'.join(map(str, self.grid))}: density {self.density:.3f} (one window for all "
-            f"heads: {self.uniform_density:.3f}), error predicted {self.predicted:.2%}{measured}"
+            f"{self.model} on grid {'x'.join(map(str, self.grid))}: density {self.density:.3f} (with one window for "
+            f"all heads of the model {self.single_density:.3f}, of each site {self.uniform_density:.3f}), error "
+            f"predicted {self.predicted:.2%}{measured}"
         )
         table = Table()
         for name in ("site", "progress", "heads: window", "density", "predicted", "measured"):
