@@ -35,8 +35,9 @@ def attach(
 
     Args:
         pipe_or_model: a diffusers pipeline (its denoisers and its scheduler are found), or one module, compiled or
-            not. Compile a whole model before or after; blocks compiled on their own need the attachment first, so
-            that their first call finds a grid.
+            not. Compile a whole model before or after (before, if graph breaks cut it: the hooks of an attachment that
+            is older than ``torch.compile`` are traced, and tell nothing behind a break); blocks compiled on their own
+            need the attachment first, so that their first call finds a grid.
         scheduler: for a bare module, the scheduler that drives it; progress = step index / number of steps.
             Without one, give the step with :meth:`Attachment.step`, or let the graph read its timestep input.
         grid: video tokens (t, h, w), or a function of the call's (args, kwargs) that returns them; by default they

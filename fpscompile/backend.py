@@ -92,7 +92,8 @@ def rewrite(gm: fx.GraphModule, settings: Settings, *, detail: bool = False) -> 
     arguments = [_example(node) for node in gm.graph.nodes if node.op == "placeholder"]
     owner = runtime.owner_of(arguments)
     attached = call is not None or owner is not None
-    state = GraphState(gm, settings, call.grid if call is not None else None, attached)
+    untold = call is None and owner is not None
+    state = GraphState(gm, settings, call.grid if call is not None else None, attached, untold)
     if owner is not None and settings.layers:
         state.block = shared_block(list(runtime.weight_names(arguments)))
         state.weights = tuple(runtime.all_weight_names(owner))
@@ -112,7 +113,7 @@ def rewrite(gm: fx.GraphModule, settings: Settings, *, detail: bool = False) -> 
             # A graph that the passes cannot handle is the user's no less: it runs as it was captured.
             logger.debug("the passes failed", exc_info=True)
             gm.graph = _copy_graph(captured)
-            state = GraphState(gm, settings, state.published_grid, attached)
+            state = GraphState(gm, settings, state.published_grid, attached, untold)
             message = f"the passes failed on this graph, nothing is rewritten in it ({type(error).__name__}: {error})"
             state.note("warning", "internal-error", f"{message}; options={{'strict': True}} shows where")
             pictures = None

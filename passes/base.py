@@ -41,6 +41,8 @@ class GraphState:
     """The grid that ``attach`` publishes for the call being compiled."""
     attached: bool = False
     """Whether an attachment exists for the call being compiled."""
+    untold: bool = False
+    """Whether there is one, but no call of it is open: its hooks are inside of what is being compiled."""
     block: str = ""
     """Path of the block ("blocks.3") that holds all of the graph's weights, where an attachment tells."""
     weights: tuple[str, ...] = ()

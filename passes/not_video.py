@@ -14,10 +14,10 @@ REMEDY = "name it with options['grid'], or let fpscompile.attach(model) publish 
 
 def remedy(state: GraphState) -> str:
     """What would tell the grid."""
-    if state.attached and state.published_grid is None and resumed():
+    if state.untold:
         return (
-            "the attachment was made ahead of torch.compile, and behind a graph break its hooks tell no grid: compile "
-            "first, then call fpscompile.attach on the compiled model"
+            "the attachment is older than torch.compile, so its hooks were traced and tell nothing behind a graph "
+            "break: compile first, then call fpscompile.attach on the compiled model"
         )
     return REMEDY
 

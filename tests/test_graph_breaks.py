@@ -12,6 +12,7 @@ from models.zoo_entry import output
 from torch import nn
 from torch.nn import functional as F
 
+import fpscompile
 from fpscompile import Backend, Settings
 
 OPTIONS = {"quant": "none", "density": 1.0, "inner": "eager", "lowering": "boxes"}
@@ -86,3 +87,35 @@ def test_a_model_without_attention_warns(caplog: pytest.LogCaptureFixture) -> No
         torch.compile(model, backend=fps)(torch.randn(2, 4))
     assert [note.code for note in fps.graphs[0].notes] == ["no-attention"]
     assert "no attention call" in caplog.text
+
+
+class Cut(nn.Module):
+    """Tokens reach attention from behind a graph break."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Conv3d(4, 16, (1, 2, 2), (1, 2, 2))
+        self.to_q = nn.Linear(16, 16)
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        x = self.embed(hidden_states).flatten(2).transpose(1, 2)
+        torch._dynamo.graph_break()
+        q = self.to_q(x).unflatten(-1, (2, 8)).transpose(1, 2)
+        return F.scaled_dot_product_attention(q, q * 2, q + 1)
+
+
+@pytest.mark.parametrize("first", ["attach", "compile"])
+def test_an_attachment_older_than_the_compile_says_what_to_do_behind_a_break(first: str) -> None:
+    fps, model = Backend(Settings.from_options(OPTIONS)), Cut()
+    with torch.no_grad():
+        if first == "attach":
+            attachment = fpscompile.attach(model, grid=(3, 4, 5))
+            torch.compile(model, backend=fps)(torch.randn(1, 4, 3, 8, 10))
+        else:
+            compiled = torch.compile(model, backend=fps)
+            attachment = fpscompile.attach(compiled, grid=(3, 4, 5))
+            compiled(torch.randn(1, 4, 3, 8, 10))
+    attachment.detach()
+    (site,) = (site for graph in fps.graphs for site in graph.sites)
+    assert site.rewritten == (first == "compile")
+    assert site.rewritten or "compile first, then call fpscompile.attach on the compiled model" in (site.reason or "")
