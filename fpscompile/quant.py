@@ -39,6 +39,7 @@ from dataclasses import dataclass
 import torch
 
 from fpscompile.hadamard import rotate
+from fpscompile.key_mask import visible_keys
 from fpscompile.schedule import GRANULARITIES
 from fpscompile.tiling import TileLayout
 
@@ -221,19 +222,6 @@ def key_mean(k: torch.Tensor, valid: torch.Tensor | None = None) -> torch.Tensor
         return k.to(work_dtype(k.dtype)).mean(2, keepdim=True)
     count = valid.sum(-1).clamp(min=1)[..., None, None]
     return _visible(k, valid).sum(2, keepdim=True) / count
-
-
-def visible_keys(key_mask: torch.Tensor | None, batch: int, key_heads: int, heads: int) -> torch.Tensor | None:
-    """Keys that the key mask shows to some query head of each key head: bool [B, Hk, Lk], or None for all.
-
-    Args:
-        key_mask: None or [B | 1, H | 1, 1, Lk]; bool (False hides) or additive (-inf hides).
-    """
-    if key_mask is None:
-        return None
-    visible = key_mask if key_mask.dtype == torch.bool else key_mask != float("-inf")
-    visible = visible[:, :, 0].expand(batch, heads, -1)
-    return visible.unflatten(1, (key_heads, heads // key_heads)).any(2)
 
 
 def _visible(x: torch.Tensor, valid: torch.Tensor | None) -> torch.Tensor:

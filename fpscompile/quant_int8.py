@@ -21,7 +21,8 @@ from dataclasses import dataclass
 
 import torch
 
-from fpscompile.quant import key_mean, visible_keys, work_dtype
+from fpscompile.key_mask import visible_keys
+from fpscompile.quant import key_mean, work_dtype
 from fpscompile.tiling import TileLayout
 
 INT8_MAX = 127.0

@@ -122,6 +122,20 @@ def test_scales(scale, dtype):
 
 
 @needs_kernel
+def test_the_lowest_finite_mask_hides_no_key_that_stands_alone():
+    """As in eager, a row whose keys are all at the lowest number of the dtype averages them."""
+    resolved = make_resolved((1, 1, 1))
+    q, k, v = make_inputs(resolved)
+    mask = torch.zeros(2, 1, 1, resolved.k_layout.length)
+    mask[0] = torch.finfo(torch.float32).min
+    common = {"key_mask": mask, "resolved": resolved, "scale": 0.2}
+    out, _ = cpp.forward(q, k, v, phases=(0, 0), **common)
+    expected, _ = reference.attention(q.double(), k.double(), v.double(), phase=(0, 0), **common)
+    assert expected[0].norm() > 0
+    torch.testing.assert_close(out, expected.float(), atol=1e-5, rtol=1e-4)
+
+
+@needs_kernel
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_rows_without_a_visible_key(dtype):
     """Zeros and -inf: all keys of one element, the keys of one tile row, and a query tile that lists nothing."""

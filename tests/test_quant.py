@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fpscompile.hadamard import rotate, rotated_dim, sign_bits, unrotate
+from fpscompile.key_mask import visible_keys
 from fpscompile.quant import (
     E4M3_MAX,
     SUBTILE,
@@ -19,7 +20,6 @@ from fpscompile.quant import (
     quantize_tokens,
     round_e4m3,
     to_e4m3,
-    visible_keys,
 )
 from fpscompile.schedule import GRANULARITIES
 from fpscompile.tiling import TileLayout

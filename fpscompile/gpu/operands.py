@@ -16,7 +16,8 @@ from fpscompile.gpu import render
 from fpscompile.gpu.config import padded
 from fpscompile.gpu.tables import Tables
 from fpscompile.kernel_spec import KernelSpec
-from fpscompile.quant import E4M3_MAX, SUBTILE, visible_keys
+from fpscompile.key_mask import additive, visible_keys
+from fpscompile.quant import E4M3_MAX, SUBTILE
 
 REGIONS = {"tile": 0, "head": 1, "tensor": 1, "subtile": 2}
 """Granularity to the template's code: own maximum, a maximum that is reduced beforehand, runs of a tile."""
@@ -230,10 +231,7 @@ def _device_constant(values: tuple[int, ...], device: torch.device) -> torch.Ten
 
 def key_bias(key_mask: torch.Tensor, tables: Tables) -> KeyBias:
     """The key mask in slot order."""
-    if key_mask.dtype == torch.bool:
-        bias = torch.zeros(key_mask.shape, device=key_mask.device).masked_fill_(~key_mask, float("-inf"))
-    else:
-        bias = key_mask.float()
+    bias = additive(key_mask)
     token = tables.k_token.long()
     placed = bias[:, :, 0, token.clamp(min=0)].masked_fill_(token < 0, float("-inf"))
     state = (placed != 0).unflatten(-1, (-1, tables.unit)).any(-1)

@@ -22,8 +22,9 @@ import torch
 from fpscompile import cpp_build, quant_int8
 from fpscompile.errors import UnsupportedError
 from fpscompile.kernel_spec import KernelSpec
+from fpscompile.key_mask import additive
 from fpscompile.lowerings import cpp_backward, gather
-from fpscompile.lowerings.cpp_tables import additive, row_blocks, slot_table
+from fpscompile.lowerings.cpp_tables import row_blocks, slot_table
 from fpscompile.lowerings.dense import Triple
 from fpscompile.masks import BlockMask
 from fpscompile.plan import Plan, ResolvedPlan
@@ -130,7 +131,7 @@ def forward(
 
     mask = (resolved.block_mask if block_mask is None else block_mask).to("cpu")
     queries, keys = row_blocks(resolved.q_layout, config.block_m), slot_table(resolved.k_layout, PANEL[config.compute])
-    bias = additive(key_mask)
+    bias = None if key_mask is None else additive(key_mask)
     bias_batch, bias_heads = (1, 1) if bias is None else bias.shape[:2]
     operands: dict[str, torch.Tensor | None] = {"q": q, "k": k, "v": v}
     shift = None

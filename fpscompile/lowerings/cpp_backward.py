@@ -16,7 +16,8 @@ import torch
 
 from fpscompile import cpp_build
 from fpscompile.kernel_spec import KernelSpec
-from fpscompile.lowerings.cpp_tables import additive, row_blocks, slot_table
+from fpscompile.key_mask import additive
+from fpscompile.lowerings.cpp_tables import row_blocks, slot_table
 from fpscompile.lowerings.dense import Triple
 from fpscompile.masks import BlockMask
 from fpscompile.plan import ResolvedPlan
@@ -108,7 +109,7 @@ def backward(
         return _Side(**pointers, **dict(zip(_SIDE_SIZES, counts, strict=True)))
 
     queries, keys = side(resolved.q_layout, mask, group, True), side(resolved.k_layout, transposed, 1, False)
-    bias = additive(key_mask)
+    bias = None if key_mask is None else additive(key_mask)
     bias_batch, bias_heads = (1, 1) if bias is None else bias.shape[:2]
     tensors = {
         "q": q,

@@ -48,12 +48,3 @@ def row_blocks(layout: TileLayout, block_m: int) -> torch.Tensor:
         blocks += [(tile, first + start, min(block_m, size - start)) for start in range(0, size, block_m)]
         first += size
     return torch.tensor(blocks, dtype=torch.int64)
-
-
-def additive(key_mask: torch.Tensor | None) -> torch.Tensor | None:
-    """The key mask as float32 [B | 1, H | 1, 1, Lk], contiguous."""
-    if key_mask is None:
-        return None
-    if key_mask.dtype == torch.bool:
-        return torch.zeros(key_mask.shape, dtype=torch.float32).masked_fill_(~key_mask, -torch.inf)
-    return key_mask.to(torch.float32).contiguous()

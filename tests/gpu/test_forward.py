@@ -160,6 +160,19 @@ def test_key_masks(quant, tile, kind):
     check(resolved, inputs, (0, 2), key_mask=mask)
 
 
+def test_the_lowest_finite_mask_hides_no_key_that_stands_alone():
+    """As in eager, a row whose keys are all at the lowest number of the dtype averages them."""
+    resolved = resolved_plan((2, 8, 8), (2, 4, 4), quant="none")
+    q, k, v = draw(resolved)
+    mask = torch.full((1, 1, 1, k.shape[2]), torch.finfo(torch.float32).min, device=DEVICE)
+    common = {"key_mask": mask, "resolved": resolved, "scale": 0.2, "block_mask": None}
+    expected, _ = gather.forward(q.double(), k.double(), v.double(), phases=(0,), **common)
+    phases = torch.zeros(1, dtype=torch.int32, device=DEVICE)
+    out, _ = triton.forward(q, k, v, phases=phases, config=LARGE, **common)
+    assert expected.norm() > 0
+    assert relative(out, expected) < TOLERANCE[q.dtype]
+
+
 @pytest.mark.parametrize("quant", ["fp8", "none"])
 def test_masks_per_head_and_empty_lists(quant):
     resolved = resolved_plan((4, 8, 8), (2, 4, 4), 3, 0, quant=quant)

@@ -17,9 +17,10 @@ from fpscompile.gpu.gradients import GradientConfig
 from fpscompile.gpu.tables import tables_of
 from fpscompile.hadamard import rotate, rotated_dim
 from fpscompile.kernel_spec import tile_slots
+from fpscompile.key_mask import visible_keys
 from fpscompile.lowerings import gather, triton
 from fpscompile.plan import PhasePlan, Plan, ResolvedPlan, resolve
-from fpscompile.quant import quantize_channels, quantize_tokens, visible_keys
+from fpscompile.quant import quantize_channels, quantize_tokens
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 TOLERANCE = 5e-3
