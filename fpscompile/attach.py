@@ -48,7 +48,10 @@ def attach(
 
     Raises:
         OptionError: nothing in ``pipe_or_model`` can be attached to.
+        GridError: a grid that is not three sizes.
     """
+    if grid is not None and not callable(grid):
+        grid = _sizes(grid)
     if isinstance(pipe_or_model, nn.Module):
         models = {type(_original(pipe_or_model)).__name__: pipe_or_model}
     else:
@@ -60,6 +63,16 @@ def attach(
             "or unet, or the module itself"
         )
     return Attachment(models, scheduler, grid)
+
+
+def _sizes(grid: Any) -> tuple[int, int, int]:
+    if (
+        not isinstance(grid, (tuple, list))
+        or len(grid) != 3
+        or not all(isinstance(n, int) and not isinstance(n, bool) and n >= 1 for n in grid)
+    ):
+        raise GridError(f"grid={grid!r}; three integers >= 1 are needed: video tokens along (t, h, w)")
+    return (grid[0], grid[1], grid[2])
 
 
 def _denoisers(pipe: Any) -> dict[str, nn.Module]:
@@ -117,7 +130,7 @@ class Attachment:
         Raises:
             OptionError: not ``0 <= index < total``.
         """
-        if not 0 <= index < total:
+        if not isinstance(index, int) or not isinstance(total, int) or not 0 <= index < total:
             raise OptionError(f"step({index}, {total}): the index must be in [0, {total})")
         self._manual = index / total
 
@@ -138,8 +151,8 @@ class Attachment:
 
     def _open(self, reader: GridFunction, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         grid = reader(args, kwargs)
-        if grid is not None and (len(grid) != 3 or min(grid) < 1):
-            raise GridError(f"the grid function gave {grid!r}; three sizes >= 1 are needed: video tokens (t, h, w)")
+        if grid is not None:
+            grid = _sizes(grid)
         return runtime.open_call(runtime.Call(self, grid))
 
     def _close(self, model: nn.Module, token: Any) -> None:

@@ -129,11 +129,11 @@ def processor_flags() -> frozenset[str]:
 def cache_folder() -> Path:
     """``FPS_CACHE_DIR/cpp``; without the variable, a folder inside Inductor's cache."""
     root = os.environ.get("FPS_CACHE_DIR")
-    if root is None:
+    if not root:
         from torch._inductor.runtime.cache_dir_utils import cache_dir
 
         root = os.path.join(cache_dir(), "fps")
-    return Path(root) / "cpp"
+    return Path(root).expanduser().absolute() / "cpp"
 
 
 def load(source: str) -> ctypes.CDLL:
@@ -235,7 +235,10 @@ def _built(key: str, source: str) -> Path:
     library = folder / f"{key}.so"
     if library.exists():
         return library
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UnsupportedError(_unusable(folder, error)) from error
     with _file_lock(folder / f"{key}.lock"):
         if library.exists():
             return library
@@ -254,6 +257,10 @@ def _built(key: str, source: str) -> Path:
         os.replace(builder.get_target_file_path(), library)
         logger.info("built %s in %.1f s", library, time.perf_counter() - start)
     return library
+
+
+def _unusable(folder: Path, error: OSError) -> str:
+    return f"no kernel can be built in {folder} ({error}): set FPS_CACHE_DIR to a folder that can be written"
 
 
 def _builder(name: str, source: str, folder: str):  # type: ignore[no-untyped-def]  # torch's class is not typed

@@ -130,7 +130,9 @@ def head_windows(value: Any) -> HeadWindows:
     """
     if value is None or value == ():
         return ()
-    if isinstance(value, tuple) and all(isinstance(pair[0], Ranges) for pair in value):
+    if isinstance(value, tuple) and all(
+        isinstance(pair, tuple) and pair and isinstance(pair[0], Ranges) for pair in value
+    ):
         return value
     if not isinstance(value, Mapping) or not value:
         raise OptionError(f'heads={value!r} must be a dict of head ranges to windows, such as {{"0-3": "dense"}}')
@@ -145,7 +147,9 @@ def layer_overrides(value: Any) -> tuple[tuple[LayerKey, LayerOverride], ...]:
     """
     if value is None or value == ():
         return ()
-    if isinstance(value, tuple) and all(isinstance(pair[0], LayerKey) for pair in value):
+    if isinstance(value, tuple) and all(
+        isinstance(pair, tuple) and pair and isinstance(pair[0], LayerKey) for pair in value
+    ):
         return value
     if not isinstance(value, Mapping):
         raise OptionError(f'layers={value!r} must be a dict of layers to what they do, such as {{"0-1": "dense"}}')

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import functools
+import math
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -53,8 +54,8 @@ class Timestep:
             raise OptionError(f"timestep['input']={self.input!r} must be the name of a forward argument")
         for name in ("start", "end", "shift"):
             value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, (int, float)):
-                raise OptionError(f"timestep[{name!r}]={value!r} must be a number")
+            if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+                raise OptionError(f"timestep[{name!r}]={value!r} must be a number, and finite")
         if self.start == self.end:
             raise OptionError(f"timestep start and end are both {self.start}: progress cannot be read from them")
         if self.shift <= 0:
@@ -151,8 +152,9 @@ class Settings:
         if self.inner == "fps":
             raise OptionError('inner="fps" would call fps from itself; name the compiler for the rest of the graph')
         if isinstance(self.inner_options, Mapping):
-            _set(self, "inner_options", tuple(sorted(self.inner_options.items())))
-        if not isinstance(self.inner_options, tuple):
+            named = all(isinstance(key, str) for key in self.inner_options)
+            _set(self, "inner_options", tuple(sorted(self.inner_options.items())) if named else None)
+        if not isinstance(self.inner_options, tuple) or not all(_is_pair(item, str) for item in self.inner_options):
             raise OptionError(f"inner_options={self.inner_options!r} must be a dict of the inner compiler's options")
         if self.grid is not None:
             _set(self, "grid", _triple("grid", self.grid, "video tokens"))
@@ -165,6 +167,8 @@ class Settings:
         if not isinstance(self.strict, bool):
             raise OptionError(f"strict={self.strict!r} must be True or False")
         given: Any = self.attention_kinds
+        if not given or not isinstance(given, (str, tuple, list, set, frozenset)):
+            raise OptionError(f"attention_kinds={given!r} must name kinds of attention, such as ('3d',)")
         kinds = (given,) if isinstance(given, str) else tuple(given)
         for kind in kinds:
             _choice("attention_kinds", kind, KINDS)
@@ -189,6 +193,8 @@ class Settings:
         Raises:
             OptionError: an unknown key (with the nearest known one) or a bad value.
         """
+        if options is not None and not isinstance(options, Mapping):
+            raise OptionError(f"options={options!r} must be a dict of option names to values")
         options = dict(options or {})
         _reject_unknown("options", options, cls)
         return cls(**options)
@@ -212,6 +218,10 @@ class Settings:
 
 def _set(target: object, name: str, value: object) -> None:
     object.__setattr__(target, name, value)
+
+
+def _is_pair(item: Any, kind: type) -> bool:
+    return isinstance(item, tuple) and len(item) == 2 and isinstance(item[0], kind)
 
 
 def _triple(name: str, value: Any, unit: str) -> tuple[int, int, int]:

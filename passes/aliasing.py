@@ -16,7 +16,9 @@ MAY_ALIAS = words(
     "view reshape flatten unflatten squeeze unsqueeze view_as reshape_as ravel permute transpose swapaxes swapdims t "
     "movedim moveaxis expand expand_as broadcast_to split chunk tensor_split unbind select narrow getitem getattr "
     "to type type_as float double half bfloat16 contiguous detach alias view_as_real view_as_complex diagonal "
-    "requires_grad_ as_strided unfold numpy_T cuda cpu real imag"
+    "requires_grad_ as_strided unfold numpy_T cuda cpu real imag dropout feature_dropout alpha_dropout pos positive "
+    "split_with_sizes unsafe_split unsafe_chunk hsplit vsplit dsplit atleast_1d atleast_2d atleast_3d resolve_conj "
+    "resolve_neg conj adjoint matrix_H mT mH _unsafe_view broadcast_tensors meshgrid"
 )
 """Ops whose output may be a view of their first operand."""
 

@@ -254,6 +254,8 @@ def _common_root(factor: Cat) -> Atom | None:
     if any(len(part) != 1 or isinstance(part[0], Slice) for part in factor.parts):
         return None
     leads = [lead for part in factor.parts if (lead := root(part)) is not None and lead.source == INPUT]
+    if len({lead.name for lead in leads}) != len(leads):
+        return None  # several pieces of one axis: nothing says that they are in its order
     if not leads or len({lead.dim for lead in leads}) != 1:
         return None
     return max(leads, key=lambda lead: lead.size.hint)
@@ -357,6 +359,24 @@ def leaves(axis: Axis) -> list[Atom]:
         else:
             result.extend(leaves(factor.whole))
     return result
+
+
+def rearranged(left: Axis, right: Axis) -> bool:
+    """Whether two different axes are made of the same axes of the call's data: in another order, or other parts."""
+    if not left or not right or left == right:
+        return False
+    return bool(_sources(left) & _sources(right))
+
+
+def _sources(axis: Axis) -> set[str]:
+    """Names of the data's own axes that an axis goes back to."""
+    found: set[str] = set()
+    for leaf in leaves(axis):
+        if leaf.parent is not None:
+            found |= _sources(leaf.parent)
+        elif leaf.source == INPUT:
+            found.add(leaf.name)
+    return found
 
 
 def describe(axis: Axis) -> str:

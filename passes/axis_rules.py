@@ -10,11 +10,13 @@ from __future__ import annotations
 import functools
 import itertools
 import operator
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
 from torch import fx
 
+from fpscompile.ir import Size
 from fpscompile.passes.axes import (
     INPUT,
     Atom,
@@ -25,6 +27,7 @@ from fpscompile.passes.axes import (
     fresh,
     merge,
     product,
+    rearranged,
     reshape,
     same,
     strided,
@@ -177,11 +180,19 @@ def expand(tracer: Tracer, node: fx.Node) -> Result:
     """Dimensions that grow from 1 are new axes; the others keep theirs. Also repeat, tile and broadcast_to."""
     label, sizes = source_of(tracer, node)
     out = tracer.shape(node)
+    if target_name(node) == "repeat_interleave" and any(fake_tensor(x) is not None for x in (*node.args[1:], *node.kwargs.values())):
+        return None  # how often each place comes is data
     lead = len(out) - len(label)
     return tuple(
         label[dim - lead] if dim >= lead and same(sizes[dim - lead], size) else fresh(node.name, dim, size)
         for dim, size in enumerate(out)
     )
+
+
+def _alike(axes: Sequence[Axis], node: fx.Node, dim: int, size: Size) -> Axis:
+    """The axis of parts that lie side by side; one of its own where they have the same things in another order."""
+    merged = functools.reduce(merge, axes)
+    return fresh(node.name, dim, size) if any(rearranged(merged, axis) for axis in axes) else merged
 
 
 def cat(tracer: Tracer, node: fx.Node) -> Result:
@@ -194,7 +205,12 @@ def cat(tracer: Tracer, node: fx.Node) -> Result:
     if any(len(label) != rank for label in labels):  # legacy: an empty 1-D tensor among the parts
         return None
     dim = dim_of(argument(node, 1, "dim", node.kwargs.get("axis", 0)), rank)
-    result = [functools.reduce(merge, axes) for axes in zip(*labels, strict=True)]
+    # Parts of one row of features are of one token; else, what lies side by side need not be.
+    aligned = dim == rank - 1
+    result = [
+        functools.reduce(merge, axes) if aligned else _alike(axes, node, each, tracer.shape(node)[each])
+        for each, axes in enumerate(zip(*labels, strict=True))
+    ]
     parts: list[Axis] = []
     for index, (label, shape) in enumerate(zip(labels, shapes, strict=True)):
         # A part of size 1 (a class token) has no atoms; here it takes a place, so it gets one.
@@ -212,7 +228,11 @@ def stack(tracer: Tracer, node: fx.Node) -> Result:
     labels = [tracer.label(t) for t in tensors]
     out = tracer.shape(node)
     dim = dim_of(argument(node, 1, "dim", 0), len(out))
-    result = [functools.reduce(merge, axes) for axes in zip(*labels, strict=True)]
+    sizes = (*out[:dim], *out[dim + 1 :])
+    result = [
+        functools.reduce(merge, axes) if dim == len(out) - 1 else _alike(axes, node, each, sizes[each])
+        for each, axes in enumerate(zip(*labels, strict=True))
+    ]
     frames = whole_of(tensors, tracer.label)
     result.insert(dim, fresh(node.name, dim, out[dim]) if frames is None else frames)
     return tuple(result)

@@ -52,6 +52,8 @@ class GraphState:
     """From normalize: arithmetic that resembles attention, and why it is not taken for it."""
     labels: dict[fx.Node, Label] = field(default_factory=dict)
     """From trace_axes: what every tensor dimension is made of."""
+    operands: dict[fx.Node, list[Label]] = field(default_factory=dict)
+    """From trace_axes: labels of q, k and v of each canonical call, when it is made."""
     homes: dict[sympy.Expr, tuple[fx.Node, int]] = field(default_factory=dict)
     """From trace_axes: the first node and dimension of each symbolic size, to read it from at run time."""
     meetings: dict[Axis, list[Any]] = field(default_factory=dict)

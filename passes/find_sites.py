@@ -28,7 +28,7 @@ from torch import fx
 from fpscompile.errors import GridError
 from fpscompile.ir import AttentionSite, Reason, Rejection, Segment, Size, Span
 from fpscompile.passes import history, shared_heads
-from fpscompile.passes.axes import INPUT, Atom, Axis, Cat, Slice, axis_size, cut, describe, same
+from fpscompile.passes.axes import INPUT, Atom, Axis, Cat, Slice, axis_size, cut, describe, rearranged, same
 from fpscompile.passes.base import GraphState, fake_tensor, shape_of, target_name
 from fpscompile.passes.canonical import COVERED, is_canonical
 from fpscompile.passes.grid_sources import counted, disputed, grid_of, opaque, proven, rotary_table
@@ -63,12 +63,28 @@ def _place(state: GraphState, node: fx.Node) -> AttentionSite:
         return AttentionSite(node, "other", _site_shape(shapes), dtype_of(query), rejection=rejection)
     site = classify(state, node, _site_shape(shapes))
     if site.kind == "3d" and site.rejection is None:
-        site = shared_heads.placed(state, replace(site, rejection=state.declined.get(node) or illegal(node)))
+        refused = state.declined.get(node) or illegal(node) or _transformed(state, node)
+        site = shared_heads.placed(state, replace(site, rejection=refused))
     if site.kind != "3d" and site.rejection is None:
         site = replace(
             site, rejection=Rejection(Reason.KIND, f"{site.kind} attention: only 3D attention is rewritten", None, node)
         )
     return site
+
+
+TRANSFORMS = frozenset(("_grad_increment_nesting", "_jvp_increment_nesting", "_make_dual", "_wrap_for_grad"))
+
+
+def _transformed(state: GraphState, node: fx.Node) -> Rejection | None:
+    """Attention that torch.func transforms: the op has no derivative that they could compose."""
+    transform = next((n for n in state.graph.nodes if target_name(n) in TRANSFORMS), None)
+    if transform is None:
+        return None
+    message = (
+        "a torch.func transform (grad, vjp, jvp) is compiled together with the attention it goes through; compile "
+        "the model, and transform the compiled model"
+    )
+    return Rejection(Reason.SUBGRAPH, message, target_name(transform), node)
 
 
 def _site_shape(shapes: list[tuple[Size, ...]]) -> tuple[Size, Size, Size, Size, Size]:
@@ -89,7 +105,7 @@ def runs(axis: Axis) -> tuple[Axis, ...]:
 
 def classify(state: GraphState, node: fx.Node, shape: tuple[Size, Size, Size, Size, Size]) -> AttentionSite:
     """The site's kind, and its grid and spans when it is 3D."""
-    labels = [state.labels[tensor] for tensor in node.args[:3]]  # type: ignore[index]
+    labels = state.operands[node]
     q_axis, k_axis, v_axis = (label[2] for label in labels)
     shape = (*shape[:2], axis_size(q_axis), axis_size(k_axis), shape[4])
     site = AttentionSite(node, "other", shape, dtype_of(node.args[0]))
@@ -148,9 +164,8 @@ def _published_otherwise(state: GraphState, site: AttentionSite) -> Rejection | 
 
 
 def _of_other_samples(q_batch: Axis, k_batch: Axis) -> bool:
-    """Whether both are slices of one batch, and not the same one."""
-    q, k = (batch[0] if batch and isinstance(batch[0], Slice) else None for batch in (q_batch, k_batch))
-    return q is not None and k is not None and q.whole == k.whole and q.start != k.start
+    """Whether both are samples of one batch, and not the same ones in the same order."""
+    return rearranged(q_batch, k_batch)
 
 
 def _cached(q_axis: Axis, k_axis: Axis, v_axis: Axis) -> bool:

@@ -85,9 +85,9 @@ def _marked(factor: Factor, mark: str) -> Factor:
 
 
 def narrow(tracer: Tracer, node: fx.Node) -> Result:
-    label, _ = source_of(tracer, node)
+    label, sizes = source_of(tracer, node)
     dim = dim_of(argument(node, 1, "dim"), len(label))
-    start = size_argument(argument(node, 2, "start"))
+    start = _place(tracer, argument(node, 2, "start"), sizes[dim], number(0))
     if start is None:
         return None
     return _part(label, dim, start, tracer.shape(node)[dim])
@@ -191,14 +191,17 @@ def _place(tracer: Tracer, value: Any, size: Size, default: Size) -> Size | None
     if place is None:
         return None
     place = tracer.resolve(place)
-    return place if place.hint >= 0 else Size(size.expr + place.expr, size.hint + place.hint)
+    if place.hint >= 0:
+        return place
+    place = Size(size.expr + place.expr, size.hint + place.hint)
+    return place if place.hint >= 0 else number(0)
 
 
 def pad(tracer: Tracer, node: fx.Node) -> Result:
     """Padding lies before and after an axis; what is cut off by negative padding is cut off."""
     label, sizes = source_of(tracer, node)
     amounts = argument(node, 1, "pad")
-    if not isinstance(amounts, (tuple, list)):
+    if not isinstance(amounts, (tuple, list)) or argument(node, 2, "mode", "constant") == "circular":
         return None
     result = list(label)
     for back, (before, after) in enumerate(zip(amounts[::2], amounts[1::2], strict=True), start=1):

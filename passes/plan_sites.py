@@ -22,7 +22,7 @@ from fpscompile.passes.base import GraphState, fake_tensor, size_of
 from fpscompile.passes.layers import place
 from fpscompile.plan import Plan, ResolvedPlan, resolve
 from fpscompile.schedule import Schedule
-from fpscompile.windows import of_heads
+from fpscompile.windows import of_heads, per_head
 
 INT8_LOWERINGS = ("cpp", "reference")
 
@@ -110,6 +110,8 @@ def _lowering(site: AttentionSite, plan: Plan, state: GraphState) -> str:
             f"lowering={asked!r} cannot round P to FP8 as quant='fp8' asks; use 'cpp', 'gather', 'triton' or 'auto'"
         )
     resolved = resolved_plan(site, plan)
+    # Heads may have one window on this grid and several on the next.
+    product = resolved.product and not any(phase.window is not None and per_head(phase.window) for phase in plan.phases)
     if asked == "boxes":
         for phase in range(len(resolved.windows)):
             resolved.product_window(phase)
@@ -125,14 +127,14 @@ def _lowering(site: AttentionSite, plan: Plan, state: GraphState) -> str:
         reason = "its lists of tiles are made before the call, and a top-k window chooses tiles within it"
     if reason is None:
         slower = cpp_build.slower_than_boxes(site.shape[2].hint) if generated == "cpp" and asked == "auto" else None
-        if slower is not None and plan.quant == "none" and resolved.product:
+        if slower is not None and plan.quant == "none" and product:
             state.note("info", "lowering", f"lowering 'boxes' in place of 'cpp': {slower}")
             return "boxes"
         narrow = cpp.widened(str(query.dtype).removeprefix("torch."), plan) if generated == "cpp" else None
         if narrow is not None:
             state.note("info", "compute", f"bfloat16 operands are multiplied in float32: {narrow}")
         return generated
-    fallback = "gather" if plan.quant == "fp8" or not resolved.product else "boxes"
+    fallback = "gather" if plan.quant == "fp8" or not product else "boxes"
     if asked != "auto":
         raise UnsupportedError(f"lowering={asked!r} cannot run {site.node}: {reason}; use {fallback!r} or 'auto'")
     exact = ", without quantization," if plan.quant == "int8" else ""

@@ -5,8 +5,6 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from torch import fx
-
 from fpscompile.ir import AttentionSite, Reason, Rejection
 from fpscompile.passes.axes import Slice, axis_size
 from fpscompile.passes.base import GraphState, target_name
@@ -18,9 +16,7 @@ def placed(state: GraphState, site: AttentionSite) -> AttentionSite:
     """``site`` with its part of the heads; declined where windows differ by head and the part is not known."""
     if not any(target_name(node) in ALL_TO_ALL for node in state.graph.nodes):
         return site
-    query = site.node.args[0]
-    assert isinstance(query, fx.Node)
-    heads = state.labels[query][1]
+    heads = state.operands[site.node][0][1]
     if len(heads) == 1 and isinstance(heads[0], Slice):
         return replace(site, head_part=(heads[0].start.hint, axis_size(heads[0].whole).hint))
     windows = [phase.window for schedule in state.settings.variants for phase in schedule.phases]

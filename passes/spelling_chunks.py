@@ -102,6 +102,8 @@ def _problem(node: fx.Node, trails: Sequence[tuple[fx.Node, tuple[fx.Node, ...]]
             return "its pieces read different keys or values"
         if not all(_equal(first.kwargs[name], call.kwargs[name]) for name in first.kwargs):
             return "its pieces have different masks or scales"
+    if first.kwargs["dropout_p"] != 0 or first.kwargs["is_causal"] is not False:
+        return "it asks for dropout or a causal mask"
     mask = first.kwargs["attn_mask"]
     if isinstance(mask, fx.Node) and len(shape_of(mask)) >= 2 and shape_of(mask)[-2].expr != 1:
         return "its masks differ from query to query"

@@ -23,6 +23,7 @@ from fpscompile.passes import writes
 from fpscompile.passes.aliasing import mutates
 from fpscompile.passes.axes import INPUT, PARAMETER, Axis, Label, axis_size, fresh, information, same
 from fpscompile.passes.axis_rules import RULES, broadcast, keeps_positions
+from fpscompile.passes.canonical import is_canonical
 from fpscompile.passes.base import STAND_IN, GraphState, fake_tensor, fake_value, shape_of, size_of, target_name
 from fpscompile.passes.subgraphs import operands, results
 
@@ -38,6 +39,7 @@ class TraceAxes:
         for graph in state.everywhere():
             graph.labels = tracer.labels
             graph.meetings = tracer.meetings
+            graph.operands = tracer.operands
         state.homes = tracer.homes
         return False
 
@@ -56,6 +58,7 @@ class Tracer:
     """Labels so far, for one graph."""
 
     labels: dict[fx.Node, Label] = field(default_factory=dict)
+    operands: dict[fx.Node, list[Label]] = field(default_factory=dict)
     several: dict[fx.Node, list[Label]] = field(default_factory=dict)
     homes: dict[sympy.Expr, tuple[fx.Node, int]] = field(default_factory=dict)
     bodies: dict[fx.Node | None, GraphState] = field(default_factory=dict)
@@ -118,6 +121,8 @@ class Tracer:
         known = [operand for operand in operands if operand[0]]
         if not known:
             return ()
+        # A constant or noise made in another tensor's shape has none of its tokens.
+        known = [operand for operand in known if not target_name(operand[1]).endswith("_like")] or known
         kept = max(known, key=lambda o: (information(o[0]), self.reads.get(o[1], 0).bit_count()))[0]
         for axis, node, dim in known:
             if axis != kept:
@@ -130,6 +135,8 @@ class Tracer:
         if node.op == "placeholder" or node.op == "get_attr":
             self._input(node)
         elif node.op in ("call_function", "call_method"):
+            if is_canonical(node):
+                self.operands[node] = [self.label(tensor) for tensor in node.args[:3]]
             self._call(node)
             if mutates(node) and target_name(node) != "setitem":
                 writes.written(self, node)

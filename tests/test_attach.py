@@ -355,3 +355,13 @@ def test_a_block_that_runs_again_in_the_backward_pass_sees_its_own_call(reentran
         torch.cat([p.grad.flatten() for p in each.parameters() if p.grad is not None]) for each in (model, eager)
     )
     assert float((ours - eagers).norm() / eagers.norm()) <= 1e-5
+
+
+@pytest.mark.parametrize("grid", [3, "abc", (3.0, 4, 5), (3, 4), (0, 4, 5)], ids=str)
+def test_a_grid_that_is_not_three_sizes_is_refused(grid: Any) -> None:
+    with pytest.raises(GridError, match="three integers"):
+        fpscompile.attach(torch.nn.Linear(2, 2), grid=grid)
+    attachment = fpscompile.attach(torch.nn.Linear(2, 2), grid=lambda args, kwargs: grid)
+    with pytest.raises(GridError, match="three integers"):
+        attachment.models["Linear"](torch.zeros(1, 2))
+    attachment.detach()

@@ -20,7 +20,8 @@ diffusers = pytest.importorskip("diffusers")
 if not hasattr(diffusers, "ContextParallelConfig"):
     pytest.skip("this diffusers has no context parallelism", allow_module_level=True)
 
-BASE = {"tile": (2, 2, 2), "inner": "eager", "strict": True}
+BASE = {"tile": (2, 2, 2), "inner": "eager"}
+"""Not strict: torch 2.11 breaks the graph behind the blocks, where the tokens are gathered."""
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "schedule": ("whole", {"schedule": "paper", "quant": "fp8", "granularity": "tile"}),
     "heads": ("whole", {"density": 0.3, "heads": {"0": "dense", "3": {"family": "sliding", "density": 0.2}}}),

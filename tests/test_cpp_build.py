@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 import threading
+from pathlib import Path
 
 import pytest
 import torch
@@ -184,3 +185,18 @@ def test_other_builds(flags, dtype, cold_caches, monkeypatch):
         check(resolved, make_inputs(resolved, d=72, d_v=40, dtype=dtype), phases=(0, 1), key_mask=mask)
     finally:
         cpp._kernel.cache_clear()
+
+
+def test_a_cache_folder_is_absolute_and_an_empty_one_is_none(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("FPS_CACHE_DIR", "here")
+    assert cpp_build.cache_folder() == tmp_path / "here" / "cpp"
+    monkeypatch.setenv("FPS_CACHE_DIR", "")
+    assert tmp_path not in cpp_build.cache_folder().parents
+
+
+def test_a_cache_folder_that_cannot_be_made_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("FPS_CACHE_DIR", str(tmp_path / "file"))
+    with pytest.raises(UnsupportedError, match="FPS_CACHE_DIR"):
+        cpp_build._built("key", "")

@@ -99,3 +99,18 @@ def test_granularity_overrides_every_phase() -> None:
 def test_settings_are_hashable() -> None:
     options = {"inner_options": {"freezing": True}, "timestep": {"shift": 3.0}}
     assert hash(Settings.from_options(options)) == hash(Settings.from_options(options))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"attention_kinds": None}, {"attention_kinds": 3}, {"attention_kinds": ()}, {"inner_options": {1: 2, "a": 3}},
+        {"inner_options": (1,)}, {"heads": (1,)}, {"heads": ((),)}, {"layers": (1,)}, {"layers": ((),)},
+        {"window": {"family": "heads", "of": (1,)}}, {"timestep": {"shift": float("nan")}},
+        {"timestep": {"start": float("inf")}}, [1], "x",
+    ],
+    ids=str,
+)  # fmt: skip
+def test_a_value_of_another_type_is_an_option_error(options: Any) -> None:
+    with pytest.raises(OptionError):
+        Settings.from_options(options)

@@ -96,6 +96,8 @@ class Heads(Pattern):
         pairs = given.items() if isinstance(given, Mapping) else given
         if not isinstance(given, (Mapping, tuple)) or not pairs:
             raise WindowError(f'a window of family "heads" needs a dict of head ranges to windows, got {given!r}')
+        if not all(isinstance(pair, tuple) and len(pair) == 2 for pair in pairs):
+            raise WindowError(f'a window of family "heads" needs a dict of head ranges to windows, got {given!r}')
         named: list[tuple[Ranges, Pattern]] = []
         for key, value in pairs:
             ranges = key if isinstance(key, Ranges) else Ranges.parse(key, "heads")
