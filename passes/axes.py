@@ -365,15 +365,15 @@ def rearranged(left: Axis, right: Axis) -> bool:
     """Whether two different axes are made of the same axes of the call's data: in another order, or other parts."""
     if not left or not right or left == right:
         return False
-    return bool(_sources(left) & _sources(right))
+    return bool(sources(left) & sources(right))
 
 
-def _sources(axis: Axis) -> set[str]:
+def sources(axis: Axis) -> set[str]:
     """Names of the data's own axes that an axis goes back to."""
     found: set[str] = set()
     for leaf in leaves(axis):
         if leaf.parent is not None:
-            found |= _sources(leaf.parent)
+            found |= sources(leaf.parent)
         elif leaf.source == INPUT:
             found.add(leaf.name)
     return found

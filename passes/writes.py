@@ -8,14 +8,14 @@ which nothing is known. Views that were taken before are of the tensor as it is 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import fx
 
 from fpscompile.passes.aliasing import base_of, schemas
-from fpscompile.passes.axes import INPUT, MADE, Axis, Label, fresh, leaves
+from fpscompile.passes.axes import Axis, Label, fresh, leaves, sources
 from fpscompile.passes.axis_rules import RULES, keeps_positions
 from fpscompile.passes.base import argument, fake_tensor, fake_value, size_of, target_name, words
 from fpscompile.passes.place_rules import index_label
@@ -47,17 +47,22 @@ def setitem(tracer: Tracer, node: fx.Node) -> None:
     except Exception:  # an index a fake tensor cannot evaluate here: treat as unknown
         part = None
     if part is None:
-        # Tokens put in places that data chooses: an order of their own, but still the call's data.
-        _settle(tracer, target, _unknown(tracer, target, node.name, INPUT))
+        # Tokens put in places that data chooses have an order of their own.
+        _settle(tracer, target, _unknown(tracer, target, node.name))
         return
     given = tracer.label(value)
     conflict = set()
     for back in range(1, min(len(part), len(given)) + 1):
         if part[-back] and given[-back] and part[-back] != given[-back]:
             conflict.add(part[-back])
-    if conflict:
-        lost = _unknown(tracer, target, node.name, INPUT)
-        kept = (axis if axis not in conflict and not _touches(axis, conflict) else () for axis in label)
+    # Which place a value comes from does not show in its label; of the same tensor, it may be another one.
+    elsewhere = {dim for dim in _parts_of(tracer, target, index) if _origins([label[dim]]) & _origins(given)}
+    if conflict or elsewhere:
+        lost = _unknown(tracer, target, node.name)
+        kept = (
+            axis if dim not in elsewhere and axis not in conflict and not _touches(axis, conflict) else ()
+            for dim, axis in enumerate(label)
+        )
         _settle(tracer, target, tuple(axis or other for axis, other in zip(kept, lost, strict=True)))
 
 
@@ -69,10 +74,16 @@ def written(tracer: Tracer, node: fx.Node) -> None:
     for target in _targets(node):
         tracer.reads[target] = tracer.reads.get(target, 0) | tracer.reads.get(node, 0)
         result = fake_tensor(node)
+        base = base_of(target)
+        if isinstance(base, fx.Node) and base is not target and _is_part(target, base):
+            # Frames that are written one by one, say: in which order, the labels of the views do not show.
+            if _origins(tracer.label(base)) & _origins(tracer.label(node) if result is not None else ()):
+                _settle(tracer, base, _unknown(tracer, base, node.name))
+            continue
         if (name in RULES or keeps_positions(name)) and result is not None and len(result.shape) == len(tracer.label(target)):
             _settle(tracer, target, tracer.label(node))
         else:
-            _settle(tracer, target, _unknown(tracer, target, node.name, MADE))
+            _settle(tracer, target, _unknown(tracer, target, node.name))
 
 
 def _targets(node: fx.Node) -> Iterator[fx.Node]:
@@ -104,12 +115,34 @@ def _settle(tracer: Tracer, target: fx.Node, label: Label) -> None:
         return
     base = base_of(target)
     for node in [node for node in tracer.labels if node is not target and base_of(node) is base]:
-        tracer.labels[node] = _unknown(tracer, node, f"{node.name} written", INPUT)
+        tracer.labels[node] = _unknown(tracer, node, f"{node.name} written")
     tracer.labels[target] = label
 
 
-def _unknown(tracer: Tracer, node: fx.Node, name: str, source: int) -> Label:
-    return tuple(fresh(name, dim, size, source) for dim, size in enumerate(tracer.shape(node)))
+def _parts_of(tracer: Tracer, target: fx.Node, index: Any) -> list[int]:
+    """Dimensions of which an index takes some places only."""
+    items = list(index) if isinstance(index, tuple) else [index]
+    rank = len(tracer.label(target))
+    used = sum(item is not None and item is not Ellipsis for item in items)
+    places = [i for i, item in enumerate(items) if item is Ellipsis] or [len(items)]
+    items[places[0] : places[0] + 1] = [slice(None)] * (rank - used)
+    taken = [item for item in items if item is not None]
+    return [dim for dim, item in enumerate(taken) if not (isinstance(item, slice) and item == slice(None))]
+
+
+def _is_part(view: fx.Node, base: fx.Node) -> bool:
+    seen, whole = fake_tensor(view), fake_tensor(base)
+    return seen is not None and (whole is None or seen.numel() != whole.numel())
+
+
+def _origins(label: Iterable[Axis]) -> set[str]:
+    """The inputs of the call that axes go back to."""
+    return {name.rpartition(".")[0] for axis in label for name in sources(axis)}
+
+
+def _unknown(tracer: Tracer, node: fx.Node, name: str) -> Label:
+    """Of no input: three axes of one input would be a grid."""
+    return tuple(fresh(name, dim, size) for dim, size in enumerate(tracer.shape(node)))
 
 
 def _touches(axis: Axis, lost: set[Axis]) -> bool:

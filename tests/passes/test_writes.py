@@ -101,8 +101,39 @@ def by_custom_op(x: torch.Tensor) -> torch.Tensor:
     return out
 
 
+def frame_by_frame(x: torch.Tensor) -> torch.Tensor:
+    v = x.unflatten(1, (T, H, W))
+    out = torch.empty_like(v)
+    for to, of in enumerate((0, 2, 1)):
+        out[:, to] = v[:, of]
+    return out.flatten(1, 3)
+
+
+def frame_views(x: torch.Tensor) -> torch.Tensor:
+    v = x.unflatten(1, (T, H, W))
+    out = torch.empty_like(v)
+    for to, of in enumerate((0, 2, 1)):
+        out[:, to].copy_(v[:, of])
+    return out.flatten(1, 3)
+
+
+def every_other_column(x: torch.Tensor) -> torch.Tensor:
+    v = x.unflatten(1, (T, H, W))
+    out = v.clone()
+    out[:, :, 0::2] = v[:, :, 1::2]
+    out[:, :, 1::2] = v[:, :, 0::2]
+    return out.flatten(1, 3)
+
+
+def one_token(x: torch.Tensor) -> torch.Tensor:
+    out = x.clone()
+    out[:, 0] = x[:, 59]
+    return out
+
+
 REORDERED = (
     copied, copied_over, through_out, into_a_view, under_a_view, set_under_a_view, by_index, scattered, by_custom_op,
+    frame_by_frame, frame_views, every_other_column, one_token,
 )  # fmt: skip
 
 
