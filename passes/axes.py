@@ -246,6 +246,11 @@ def root(axis: Axis) -> Atom | None:
     return factor
 
 
+def roots(axis: Axis) -> list[Atom | None]:
+    """The root of each of its factors."""
+    return [root((factor,)) for factor in axis]
+
+
 def _common_root(factor: Cat) -> Atom | None:
     """Of a Cat of single axes: padding and single steps have no root of their own and do not count.
 

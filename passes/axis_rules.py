@@ -29,6 +29,7 @@ from fpscompile.passes.axes import (
     product,
     rearranged,
     reshape,
+    roots,
     same,
     strided,
 )
@@ -192,7 +193,9 @@ def expand(tracer: Tracer, node: fx.Node) -> Result:
 def _alike(axes: Sequence[Axis], node: fx.Node, dim: int, size: Size) -> Axis:
     """The axis of parts that lie side by side; one of its own where they have the same things in another order."""
     merged = functools.reduce(merge, axes)
-    return fresh(node.name, dim, size) if any(rearranged(merged, axis) for axis in axes) else merged
+    # Convolutions and resizes of an axis keep its order.
+    lost = any(rearranged(merged, axis) and roots(merged) != roots(axis) for axis in axes)
+    return fresh(node.name, dim, size) if lost else merged
 
 
 def cat(tracer: Tracer, node: fx.Node) -> Result:

@@ -28,7 +28,7 @@ from torch import fx
 from fpscompile.errors import GridError
 from fpscompile.ir import AttentionSite, Reason, Rejection, Segment, Size, Span
 from fpscompile.passes import history, shared_heads
-from fpscompile.passes.axes import INPUT, Atom, Axis, Cat, Slice, axis_size, cut, describe, rearranged, same
+from fpscompile.passes.axes import INPUT, Atom, Axis, Cat, Slice, axis_size, cut, describe, rearranged, same, sources
 from fpscompile.passes.base import GraphState, fake_tensor, shape_of, target_name
 from fpscompile.passes.canonical import COVERED, is_canonical
 from fpscompile.passes.grid_sources import counted, disputed, grid_of, opaque, proven, rotary_table
@@ -165,7 +165,9 @@ def _published_otherwise(state: GraphState, site: AttentionSite) -> Rejection | 
 
 def _of_other_samples(q_batch: Axis, k_batch: Axis) -> bool:
     """Whether both are samples of one batch, and not the same ones in the same order."""
-    return rearranged(q_batch, k_batch)
+    # Heads that are folded into the batch have names of their own in each projection.
+    q, k = (tuple(factor for factor in batch if sources((factor,))) for batch in (q_batch, k_batch))
+    return rearranged(q, k)
 
 
 def _cached(q_axis: Axis, k_axis: Axis, v_axis: Axis) -> bool:

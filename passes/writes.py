@@ -55,8 +55,8 @@ def setitem(tracer: Tracer, node: fx.Node) -> None:
     for back in range(1, min(len(part), len(given)) + 1):
         if part[-back] and given[-back] and part[-back] != given[-back]:
             conflict.add(part[-back])
-    # Which place a value comes from does not show in its label; of the same tensor, it may be another one.
-    elsewhere = {dim for dim in _parts_of(tracer, target, index) if _origins([label[dim]]) & _origins(given)}
+    # Of which single place a value is does not show in its label; of the same tensor, it may be another one.
+    elsewhere = {dim for dim in _single_places(tracer, target, index) if _origins([label[dim]]) & _origins(given)}
     if conflict or elsewhere:
         lost = _unknown(tracer, target, node.name)
         kept = (
@@ -75,7 +75,7 @@ def written(tracer: Tracer, node: fx.Node) -> None:
         tracer.reads[target] = tracer.reads.get(target, 0) | tracer.reads.get(node, 0)
         result = fake_tensor(node)
         base = base_of(target)
-        if isinstance(base, fx.Node) and base is not target and _is_part(target, base):
+        if isinstance(base, fx.Node) and fake_tensor(base) is not None and _is_part(target, base):
             # Frames that are written one by one, say: in which order, the labels of the views do not show.
             if _origins(tracer.label(base)) & _origins(tracer.label(node) if result is not None else ()):
                 _settle(tracer, base, _unknown(tracer, base, node.name))
@@ -119,15 +119,26 @@ def _settle(tracer: Tracer, target: fx.Node, label: Label) -> None:
     tracer.labels[target] = label
 
 
-def _parts_of(tracer: Tracer, target: fx.Node, index: Any) -> list[int]:
-    """Dimensions of which an index takes some places only."""
+def _single_places(tracer: Tracer, target: fx.Node, index: Any) -> list[int]:
+    """Dimensions of which an index takes one place."""
     items = list(index) if isinstance(index, tuple) else [index]
     rank = len(tracer.label(target))
     used = sum(item is not None and item is not Ellipsis for item in items)
     places = [i for i, item in enumerate(items) if item is Ellipsis] or [len(items)]
     items[places[0] : places[0] + 1] = [slice(None)] * (rank - used)
     taken = [item for item in items if item is not None]
-    return [dim for dim, item in enumerate(taken) if not (isinstance(item, slice) and item == slice(None))]
+    return [
+        dim
+        for dim, item in enumerate(taken)
+        if not isinstance(item, slice) or (_count(item) == 1 and tracer.shape(target)[dim].expr != 1)
+    ]
+
+
+def _count(item: slice) -> int | None:
+    """Places of a slice between numbers of one sign."""
+    start, stop = item.start or 0, item.stop
+    whole = isinstance(start, int) and isinstance(stop, int) and (start < 0) == (stop < 0)
+    return stop - start if whole else None
 
 
 def _is_part(view: fx.Node, base: fx.Node) -> bool:
@@ -146,9 +157,9 @@ def _unknown(tracer: Tracer, node: fx.Node, name: str) -> Label:
 
 
 def _touches(axis: Axis, lost: set[Axis]) -> bool:
-    """Whether a part of ``axis`` is among the lost ones."""
-    atoms = set(leaves(axis))
-    return any(atoms & set(leaves(other)) for other in lost)
+    """Whether a part of ``axis`` is among the lost ones, or what they are steps of."""
+    atoms, names = set(leaves(axis)), sources(axis)
+    return any(atoms & set(leaves(other)) or names & sources(other) for other in lost)
 
 
 def _plain(index: Any) -> Any:
