@@ -223,16 +223,19 @@ def model_gpu(report: dict[str, Any]) -> list[Row]:
     for row in report["rows"]:
         if row is not base:
             density = f"density {row['density']:g}, " if "fps" in row["variant"] else ""
-            what = f"Wan {row['model']} {row['size']}, one step, {density}{row['variant']}, against Inductor in bf16"
+            gpus = f" on {row['gpus']} GPUs (Ulysses)" if row.get("gpus", 1) > 1 else ""
+            what = (
+                f"Wan {row['model']} {row['size']}{gpus}, one step, {density}{row['variant']}, against Inductor in bf16"
+            )
             peak = (
                 f"; peak memory above the weights {base['peak_mib'] / 1024:.2f} GiB to {row['peak_mib'] / 1024:.2f} GiB"
             )
             figure = f"{row['speedup']:.2f}x ({base['ms'] / 1e3:.2f} s to {row['ms'] / 1e3:.2f} s){peak}"
-            out.append((what, figure, aims.get(row["variant"], "")))
+            out.append((what, figure, "" if gpus else aims.get(row["variant"], "")))
     return out
 
 
-GPU_SECTIONS = {"attention_gpu": attention_gpu, "model_gpu": model_gpu}
+GPU_SECTIONS = {"attention_gpu": attention_gpu, "model_gpu": model_gpu, "model_two_gpus": model_gpu}
 
 SECTIONS = {
     "attention_cpu": attention,
