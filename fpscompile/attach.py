@@ -22,6 +22,7 @@ from torch._dynamo.eval_frame import OptimizedModule
 from fpscompile import runtime
 from fpscompile.errors import GridError, OptionError
 from fpscompile.grid_of_call import GridReader
+from fpscompile.settings import three_sizes
 
 logger = logging.getLogger(__name__)
 
@@ -66,13 +67,10 @@ def attach(
 
 
 def _sizes(grid: Any) -> tuple[int, int, int]:
-    if (
-        not isinstance(grid, (tuple, list))
-        or len(grid) != 3
-        or not all(isinstance(n, int) and not isinstance(n, bool) and n >= 1 for n in grid)
-    ):
+    sizes = three_sizes(grid)
+    if sizes is None:
         raise GridError(f"grid={grid!r}; three integers >= 1 are needed: video tokens along (t, h, w)")
-    return (grid[0], grid[1], grid[2])
+    return sizes
 
 
 def _denoisers(pipe: Any) -> dict[str, nn.Module]:

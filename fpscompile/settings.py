@@ -224,14 +224,19 @@ def _is_pair(item: Any, kind: type) -> bool:
     return isinstance(item, tuple) and len(item) == 2 and isinstance(item[0], kind)
 
 
+def three_sizes(value: Any) -> tuple[int, int, int] | None:
+    """Three integers >= 1 as a tuple; None for anything else."""
+    if not isinstance(value, (tuple, list)) or len(value) != 3:
+        return None
+    fine = all(isinstance(v, int) and not isinstance(v, bool) and v >= 1 for v in value)
+    return (value[0], value[1], value[2]) if fine else None
+
+
 def _triple(name: str, value: Any, unit: str) -> tuple[int, int, int]:
-    if (
-        not isinstance(value, (tuple, list))
-        or len(value) != 3
-        or not all(isinstance(v, int) and not isinstance(v, bool) and v >= 1 for v in value)
-    ):
+    sizes = three_sizes(value)
+    if sizes is None:
         raise OptionError(f"{name}={value!r} must be three integers >= 1: {unit} along (t, h, w)")
-    return (value[0], value[1], value[2])
+    return sizes
 
 
 def _choice(name: str, value: Any, known: tuple[str, ...]) -> None:

@@ -90,7 +90,9 @@ def keeps_positions(name: str) -> bool:
 def broadcast(tracer: Tracer, node: fx.Node) -> Result:
     """Align the labels of all tensor inputs from the right, as broadcasting does."""
     out = tracer.shape(node)
-    operands = [arg for arg in node.all_input_nodes if fake_tensor(arg) is not None and arg is not node.kwargs.get("out")]
+    operands = [
+        arg for arg in node.all_input_nodes if fake_tensor(arg) is not None and arg is not node.kwargs.get("out")
+    ]
     result: list[Axis] = []
     for dim, size in enumerate(out):
         here = []
@@ -181,7 +183,9 @@ def expand(tracer: Tracer, node: fx.Node) -> Result:
     """Dimensions that grow from 1 are new axes; the others keep theirs. Also repeat, tile and broadcast_to."""
     label, sizes = source_of(tracer, node)
     out = tracer.shape(node)
-    if target_name(node) == "repeat_interleave" and any(fake_tensor(x) is not None for x in (*node.args[1:], *node.kwargs.values())):
+    if target_name(node) == "repeat_interleave" and any(
+        fake_tensor(x) is not None for x in (*node.args[1:], *node.kwargs.values())
+    ):
         return None  # how often each place comes is data
     lead = len(out) - len(label)
     return tuple(

@@ -57,7 +57,9 @@ def unknown(state: GraphState, site: AttentionSite, shared: list[Axis], batch: A
         message = f"its {length} tokens are not the {told[0]}*{told[1]}*{told[2]} of the grid from {source}"
         return replace(site, rejection=Rejection(Reason.KIND, message, length.hint, site.node))
     if not is_data(longest):
-        message = f"the graph does not show a grid: the trail of its tokens ends at {trail(state, longest)}; {remedy(state)}"
+        message = (
+            f"the graph does not show a grid: the trail of its tokens ends at {trail(state, longest)}; {remedy(state)}"
+        )
         return replace(site, rejection=Rejection(Reason.NO_GRID, message, length.hint, site.node))
     message = f"self-attention over {length} tokens whose (t, h, w) the graph does not show; {remedy(state)}"
     return replace(site, rejection=Rejection(Reason.NO_GRID, message, length.hint, site.node))

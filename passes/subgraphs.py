@@ -66,7 +66,7 @@ def _open(state: GraphState, node: fx.Node, body: fx.GraphModule) -> GraphState:
         # Labels are named after nodes: names must be unique across bodies.
         if inside.op != "output":
             inside._rename(f"{reference.name}_{inside.name}")
-    child = GraphState(inner, state.settings, state.published_grid, state.attached)
+    child = GraphState(inner, state.settings, state.published_grid, state.attached, state.untold)
     child.parent, child.call, child.prefix = state, node, reference.name
     for shared in ("notes", "near_misses", "labels", "plans", "layers", "rewritten", "declined"):
         setattr(child, shared, getattr(state, shared))

@@ -23,8 +23,8 @@ from fpscompile.passes import writes
 from fpscompile.passes.aliasing import mutates
 from fpscompile.passes.axes import INPUT, PARAMETER, Axis, Label, axis_size, fresh, information, same
 from fpscompile.passes.axis_rules import RULES, broadcast, keeps_positions
+from fpscompile.passes.base import STAND_IN, GraphState, fake_tensor, fake_value, shape_of, target_name
 from fpscompile.passes.canonical import is_canonical
-from fpscompile.passes.base import STAND_IN, GraphState, fake_tensor, fake_value, shape_of, size_of, target_name
 from fpscompile.passes.subgraphs import operands, results
 
 

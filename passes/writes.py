@@ -2,8 +2,8 @@
 
 ``x[index] = value`` keeps the label of ``x`` where the value's tokens are x's own; elsewhere they are lost. So does a
 write into a view, for the tensor under it. What overwrites all of a tensor (``copy_``, ``out=``) gives it the label of
-what is written; what computes element by element (``add_``) keeps the positions. Any other write makes the tensor one of
-which nothing is known. Views that were taken before are of the tensor as it is now, so they lose their labels with it.
+what is written; what computes element by element (``add_``) keeps the positions. Any other write makes the tensor one
+of which nothing is known. Views that were taken before are of the tensor as it is now, so they lose their labels too.
 """
 
 from __future__ import annotations
@@ -23,7 +23,9 @@ from fpscompile.passes.place_rules import index_label
 if TYPE_CHECKING:
     from fpscompile.passes.trace_axes import Tracer
 
-IN_ORDER = words("index_add_ scatter_add_ scatter_reduce_ index_fill_ index_reduce_ requires_grad_ detach_ masked_fill_")
+IN_ORDER = words(
+    "index_add_ scatter_add_ scatter_reduce_ index_fill_ index_reduce_ requires_grad_ detach_ masked_fill_"
+)
 """Writes that leave what is at a position there, besides those that compute element by element."""
 
 
@@ -80,7 +82,11 @@ def written(tracer: Tracer, node: fx.Node) -> None:
             if _origins(tracer.label(base)) & _origins(tracer.label(node) if result is not None else ()):
                 _settle(tracer, base, _unknown(tracer, base, node.name))
             continue
-        if (name in RULES or keeps_positions(name)) and result is not None and len(result.shape) == len(tracer.label(target)):
+        if (
+            (name in RULES or keeps_positions(name))
+            and result is not None
+            and len(result.shape) == len(tracer.label(target))
+        ):
             _settle(tracer, target, tracer.label(node))
         else:
             _settle(tracer, target, _unknown(tracer, target, node.name))
