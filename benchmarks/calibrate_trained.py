@@ -63,15 +63,19 @@ class Pipeline:
             x = x + (self.levels[index + 1] - self.levels[index]) * velocity(self.transformer, x, timestep, size)
 
 
-def row(pipe: Pipeline, tile: Sequence[int], content: bool, max_error: float, count: int, path: Path) -> dict[str, Any]:
+def row(
+    pipe: Pipeline, tile: Sequence[int], content: bool, means: bool, max_error: float, count: int, path: Path
+) -> dict[str, Any]:
     began = time.perf_counter()
     report = fpscompile.calibrate(
         pipe, [{"seed": 1000 + seed} for seed in range(count)], max_error=max_error, path=path,
-        options={"tile": tuple(tile), "schedule": SCHEDULE}, windows=["topk"] if content else [],
+        options={"tile": tuple(tile), "schedule": SCHEDULE, "remainder": "means" if means else "none"},
+        windows=["topk"] if content else [],
     )  # fmt: skip
     return {
         "tile": list(tile),
         "candidates": "windows, top-k" if content else "windows",
+        "remainder": "means" if means else "none",
         "max_error": max_error,
         "density": report.density,
         "one_window": report.uniform_density,
@@ -118,8 +122,8 @@ def concentration(pipe: Pipeline, tile: Sequence[int], count: int) -> list[dict[
 
 
 def beside_static(rows: list[dict[str, Any]]) -> None:
-    """Writes into each row what one static window needs at its error."""
-    static = {r["max_error"]: r for r in rows if r["candidates"] == "windows"}
+    """Writes into each row what one static window, with nothing of what it drops, needs at its error."""
+    static = {r["max_error"]: r for r in rows if r["candidates"] == "windows" and r["remainder"] == "none"}
     for one in rows:
         one["one_static"] = static[one["max_error"]]["one_window"]
         one["gain_static"] = one["one_static"] / one["density"]
@@ -129,6 +133,7 @@ def beside_static(rows: list[dict[str, Any]]) -> None:
 COLUMNS: dict[str, Callable[[Any], str]] = {
     "tile": dims_text,
     "candidates": str,
+    "remainder": str,
     "max_error": "{:.0%}".format,
     "density": "{:.3f}".format,
     "one_window": "{:.3f}".format,
@@ -161,8 +166,8 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     pipe = Pipeline(args.weights, args.steps)
     rows = []
     with tempfile.TemporaryDirectory() as folder:
-        for content in (False, True):
-            rows += [row(pipe, args.tile, content, error, count, Path(folder) / "t.json") for error in errors]
+        for content, means in ((False, False), (True, False), (False, True), (True, True)):
+            rows += [row(pipe, args.tile, content, means, error, count, Path(folder) / "t.json") for error in errors]
     beside_static(rows)
     heads = concentration(pipe, args.tile, 2 if args.quick else 8)
     summary = {

@@ -26,6 +26,7 @@ from fpscompile.calibration.observe import Call, observed
 from fpscompile.calibration.report import CalibrationReport, SiteCalibration
 from fpscompile.calibration.statistics import SiteStatistics, observe
 from fpscompile.errors import FpsError, OptionError
+from fpscompile.remainder import extra_density
 from fpscompile.schedule import GRANULARITIES
 from fpscompile.settings import Settings
 from fpscompile.tuning import store
@@ -96,6 +97,7 @@ def calibrate(
         sites = collected.complete()
         grid = next(iter(sites.values())).q_layout.grid
         report = CalibrationReport(runner.name, grid, settings.tile, collected.quant, max_error, target_density, ranges)
+        report.remainder = settings.remainder
         report.samples, report.held_out = len(fitting), len(checking)
         report.notes += collected.notes
         if len(ranges) < len(settings.phases.phases):
@@ -140,6 +142,7 @@ class _Statistics:
 
     def __init__(self, settings: Settings, extra: tuple[AnyWindow, ...], rows_per_tile: int) -> None:
         self.quant = "none" if settings.quant == "auto" else settings.quant
+        self.remainder = settings.remainder
         self.granularities = GRANULARITIES if self.quant == "fp8" else ("tile",)
         self.extra = extra
         self.rows_per_tile = rows_per_tile
@@ -157,10 +160,11 @@ class _Statistics:
         if site is None:
             key = (q_layout, k_layout)
             if key not in self.known:
-                self.known[key] = candidates(q_layout, k_layout, self.extra)
+                beside = extra_density(call.resolved) if self.remainder == "means" else 0.0
+                self.known[key] = candidates(q_layout, k_layout, self.extra, beside)
             site = SiteStatistics(
                 call.site, call.q.shape[1], call.q.shape[3], q_layout, k_layout, self.known[key],
-                tuple(self.granularities), self.quant,
+                tuple(self.granularities), self.quant, self.remainder,
             )  # fmt: skip
             self.sites[call.site] = site
         if (site.q_layout, site.k_layout, site.heads) != (q_layout, k_layout, call.q.shape[1]):

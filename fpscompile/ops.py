@@ -101,7 +101,7 @@ def _attention(
     lowering = lowerings.get(resolved.plan.lowering)
     scale = query.shape[-1] ** -0.5 if scale is None else scale
     call = _arguments(query, key, key_mask, phase, resolved, scale, selection, lowering)
-    return lowering.forward(query, key, value, **call)
+    return lowerings.forward(lowering, query, key, value, **call)
 
 
 torch.library.impl("fps::attention", "default", lib=_library)(_attention)
@@ -138,7 +138,7 @@ def _attention_backward(
     lowering = _of_gradients(resolved)
     scale = query.shape[-1] ** -0.5 if scale is None else scale
     call = _arguments(query, key, key_mask, phase, resolved, scale, selection, lowering)
-    return lowering.backward(grad_output, query, key, value, output, lse, **call)
+    return lowerings.backward(lowering, grad_output, query, key, value, output, lse, **call)
 
 
 torch.library.impl("fps::attention_backward", "default", lib=_library)(_attention_backward)
@@ -364,8 +364,12 @@ def _arguments(
 
 
 def _of_gradients(resolved: ResolvedPlan) -> lowerings.Lowering:
-    """The lowering that computes the gradients of a plan: its own, or gather where that serves no such mask."""
-    lowering = lowerings.get(resolved.plan.lowering)
+    """The lowering that computes the gradients of a plan: its own, or gather where that serves no such mask, or does
+    not take an output that covers more than its own tiles."""
+    plan = resolved.plan
+    lowering = lowerings.get(plan.lowering)
+    if plan.remainder != "none" and plan.quant == "fp8" and plan.lowering in ("cpp", "triton"):
+        return lowerings.get("gather")
     if resolved.product or "block_mask" in inspect.signature(lowering.backward).parameters:
         return lowering
     return lowerings.get("gather")

@@ -70,6 +70,8 @@ class Plan:
     one)."""
     hadamard: bool = False
     """Rotate Q and K before FP8 quantization (exact: scores do not see it); see :mod:`fpscompile.hadamard`."""
+    remainder: str = "none"
+    """What the tiles that a mask drops are to a query: "none", or "means"; see :mod:`fpscompile.remainder`."""
     lowering: str = "boxes"
     """A key of :data:`fpscompile.lowerings.REGISTRY`."""
     block_n: int = BLOCK_N

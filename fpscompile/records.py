@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -56,8 +57,17 @@ class SiteRecord:
         return 4.0 * self.batch * self.heads * self.q_length * self.k_length * self.head_dim
 
     def kept_flops(self, phase: int) -> float:
-        """``dense_flops`` times the density of one phase."""
-        return self.dense_flops * self.density[min(phase, len(self.density) - 1)]
+        """``dense_flops`` times the density of one phase, and what the means of dropped tiles cost."""
+        density = self.density[min(phase, len(self.density) - 1)]
+        return self.dense_flops * (density + (self._means if density < 1.0 else 0.0))
+
+    @property
+    def _means(self) -> float:
+        """Pairs of a query and a mean, over all query-key pairs."""
+        if self.plan is None or self.grid is None or self.plan.remainder == "none":
+            return 0.0
+        tiles = math.prod(-(-size // tile) for size, tile in zip(self.grid, self.plan.tile, strict=True))
+        return tiles * math.prod(self.grid) / (self.q_length * self.k_length)
 
 
 @dataclass(frozen=True)

@@ -94,10 +94,50 @@ def attention(
             weights, lse = _softmax(scores.masked_fill(~visible, NEG_INF))
             output = weights @ values
             lse = lse if shift is None else lse + shift
+        if resolved.plan.remainder == "means":
+            seen = mask.to_dense(resolved.k_layout.n_tiles)[p].to(q.device)
+            output, lse = _with_means(output, lse, q[b], k[b], v[b], resolved, seen, bias, scale, dtype)
         outputs.append(output)
         sums.append(lse)
     lse_dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
     return torch.stack(outputs).to(q.dtype), torch.stack(sums).detach().to(lse_dtype)
+
+
+def _with_means(
+    output: torch.Tensor,
+    lse: torch.Tensor,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    resolved: ResolvedPlan,
+    seen: torch.Tensor,
+    bias: torch.Tensor | None,
+    scale: float,
+    dtype: torch.dtype,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(output, log-sum-exp) where every tile that a query does not see is one more key of it, the mean of its tokens;
+    see :mod:`fpscompile.remainder`. ``seen`` is bool [1 | H, q_tiles, k_tiles]."""
+    group = q.shape[0] // k.shape[0]
+    k, v = (x.to(dtype).repeat_interleave(group, dim=0) for x in (k, v))
+    keys, values, counts = [], [], []
+    for tokens in resolved.k_layout.order().split(resolved.k_layout.sizes().tolist()):
+        term = torch.zeros(q.shape[0], len(tokens), dtype=dtype, device=q.device)
+        if bias is not None:
+            term = bias[:, 0, tokens]
+        weights, log_count = _softmax(term)
+        hidden = (weights == 0)[..., None]
+        keys.append((weights[..., None] * k[:, tokens].masked_fill(hidden, 0.0)).sum(1))
+        values.append((weights[..., None] * v[:, tokens].masked_fill(hidden, 0.0)).sum(1))
+        counts.append(log_count)
+    scores = (q.to(dtype) @ torch.stack(keys, 1).mT) * scale + torch.stack(counts, 1)[:, None]
+    tile_of_query = torch.repeat_interleave(torch.arange(resolved.q_layout.n_tiles), resolved.q_layout.sizes())
+    tile_of_query = tile_of_query[torch.argsort(resolved.q_layout.order())].to(q.device)
+    weights, means_lse = _softmax(scores.masked_fill(seen[:, tile_of_query], NEG_INF))
+    nothing = (lse == NEG_INF) & (means_lse == NEG_INF)
+    lse, means_lse = (x.masked_fill(nothing, 0.0) for x in (lse, means_lse))  # both outputs are zero there
+    both = torch.logaddexp(lse, means_lse)
+    kept, share = ((x - both).exp()[..., None] for x in (lse, means_lse))
+    return kept * output + share * (weights @ torch.stack(values, 1)), both.masked_fill(nothing, NEG_INF)
 
 
 def _fp8(
@@ -120,8 +160,8 @@ def _fp8(
             q, k, v, q_layout, k_layout, plan.phases[phase].granularity,
             smooth_k=plan.smooth_k, smooth_v=plan.smooth_v, hadamard=plan.hadamard, key_mask=key_mask,
         )  # fmt: skip
-        shift = fp8.lse_shift(q.to(dtype), scale)
         mean = torch.zeros_like(v[:, :, :1], dtype=dtype) if fp8.v_mean is None else fp8.v_mean.to(dtype)
+    shift = fp8.lse_shift(q.to(dtype), scale)
     q, k = (rotate(x.to(dtype)) if plan.hadamard else x.to(dtype) for x in (q, k))
     q_hat = _straight_through(q, fp8.q.dequantize(dtype))[0]
     k_hat = _straight_through(k, fp8.k.dequantize(dtype))[0]
@@ -169,7 +209,7 @@ def _int8(
         int8 = quant_int8.quantize_attention(
             q, k, v, resolved.k_layout, smooth_k=resolved.plan.smooth_k, key_mask=key_mask
         )
-        shift = int8.lse_shift(q.to(dtype), scale)
+    shift = int8.lse_shift(q.to(dtype), scale)
     pairs = ((q, int8.q), (k, int8.k), (v, int8.v))
     return tuple(_straight_through(x.to(dtype), rounded.to(dtype))[0] for x, rounded in pairs), shift[0]
 
@@ -201,8 +241,9 @@ def _softmax(scores: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     shift = _finite(scores.detach().amax(-1, keepdim=True))
     p = torch.exp(scores - shift)
     total = p.sum(-1, keepdim=True)
-    weights = p / total.masked_fill(total == 0, 1.0)
-    return weights, (shift + torch.log(total)).squeeze(-1)
+    none = total == 0
+    total = total.masked_fill(none, 1.0)
+    return p / total, (shift + torch.log(total)).masked_fill(none, NEG_INF).squeeze(-1)
 
 
 def _finite(maximum: torch.Tensor) -> torch.Tensor:

@@ -222,6 +222,8 @@ def facts(report: Report, groups: list[SiteGroup]) -> list[tuple[str, str]]:
     formats = dict.fromkeys(quant_text(plan) for plan in plans if plan.quant != "none")
     if formats:
         rows.append(("quantization", "; ".join(formats)))
+    if any(plan.remainder == "means" for plan in plans):
+        rows.append(("dropped tiles", "take part as one key each, their means"))
     return rows
 
 

@@ -30,6 +30,7 @@ KINDS = ("3d", "spatial", "temporal", "cross", "other")
 
 QUANT = ("auto", "fp8", "int8", "none")
 COMPUTE = ("auto", "float32", "bfloat16")
+REMAINDER = ("none", "means")
 AUTOTUNE = ("quick", "full", "off")
 HISTORY = ("global", "windowed")
 LOWERINGS = ("auto", "triton", "cpp", "boxes", "gather", "reference")
@@ -92,6 +93,9 @@ class Settings:
     """Whether V's mean is subtracted before FP8 quantization and added to the output; int8 always does so."""
     hadamard: bool = False
     """Whether Q and K are rotated before FP8 quantization, which their products do not see: spreads large channels."""
+    remainder: str = "none"
+    """What a query has of the tiles that its window drops: "none", or "means", one key for each, the mean of its keys
+    with the mean of its values; see :mod:`fpscompile.remainder`."""
     lowering: str = "auto"
     """"cpp" (generated kernel, CPU), "boxes" (dense attention per box, any device), "gather" (any mask, and FP8),
     "reference" (slow, the oracle), or "auto": the first of the first three that can run the site here."""
@@ -138,6 +142,7 @@ class Settings:
         _choice("compute", self.compute, COMPUTE)
         if self.compute != "auto" and self.quant == "int8":
             raise OptionError(f"compute={self.compute!r} and quant='int8' exclude each other: int8 multiplies bytes")
+        _choice("remainder", self.remainder, REMAINDER)
         _choice("lowering", self.lowering, LOWERINGS)
         if self.granularity is not None:
             _choice("granularity", self.granularity, GRANULARITIES)

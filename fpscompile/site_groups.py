@@ -33,7 +33,7 @@ class SiteGroup:
 
     @property
     def mean_density(self) -> float:
-        """Mean over all steps of the kept fraction of query-key pairs; equals the kept fraction of the FLOPs."""
+        """Mean over all steps of the kept fraction of query-key pairs."""
         return sum(share * density for share, density in zip(self.share, self.first.density, strict=True))
 
     @property
@@ -44,7 +44,7 @@ class SiteGroup:
     @property
     def kept_flops(self) -> float:
         """FLOPs of one forward, the mean over all steps."""
-        return self.dense_flops * self.mean_density
+        return sum(share * site.kept_flops(phase) for site in self.sites for phase, share in enumerate(self.share))
 
 
 def name_pattern(names: Sequence[str]) -> str:

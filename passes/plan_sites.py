@@ -58,6 +58,7 @@ def plan_for(site: AttentionSite, state: GraphState) -> Plan:
     plan = Plan.of(
         _schedule(site, state), tile=settings.tile, quant=quant, lowering=settings.lowering, compute=settings.compute,
         smooth_k=settings.smooth_k, smooth_v=settings.smooth_v, hadamard=settings.hadamard,
+        remainder=settings.remainder,
     )  # fmt: skip
     tile_slots(plan.tile, plan.block_n)
     plan = dataclasses.replace(plan, lowering=_lowering(site, plan, state))

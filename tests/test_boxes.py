@@ -176,6 +176,13 @@ def test_bfloat16_with_either_mask_dtype(mask_dtype):
     check(resolved, make_inputs(resolved, dtype=torch.bfloat16), key_mask=mask)
 
 
+@pytest.mark.parametrize("windows", [WINDOW, (9, 9, 9)])
+def test_float64_with_a_float32_mask(windows):
+    resolved = make_resolved(make_plan(windows))
+    mask = make_mask("float", 2, 1, resolved.k_layout.length, torch.float32)
+    check(resolved, make_inputs(resolved), key_mask=mask)
+
+
 @pytest.mark.parametrize("windows", [(WINDOW,), ((9, 9, 9),)])
 def test_rows_without_a_visible_key(windows):
     """Zeros and -inf, and gradients that are zero there, not NaN: all keys of one element, and all of one window."""

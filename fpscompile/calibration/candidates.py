@@ -52,13 +52,16 @@ class Candidates:
         return len(self.windows) - 1
 
 
-def candidates(q_layout: TileLayout, k_layout: TileLayout, extra: tuple[AnyWindow, ...] = ()) -> Candidates:
+def candidates(
+    q_layout: TileLayout, k_layout: TileLayout, extra: tuple[AnyWindow, ...] = (), beside: float = 0.0
+) -> Candidates:
     """Products of short, middling and full axes; radial decay; and short ones united with a first-frame sink, or with
     one another. Of windows that keep the same tiles, the simplest stays.
 
     Args:
         extra: further windows; a plain family is found before them. One that needs a density, such as a top-k, stands
             for as many as :data:`LADDER` has densities that the grid can give.
+        beside: what a window costs beside its own tiles, a density; one that then costs as much as dense is none.
 
     Raises:
         WindowError: an extra window that the grid cannot give.
@@ -85,7 +88,11 @@ def candidates(q_layout: TileLayout, k_layout: TileLayout, extra: tuple[AnyWindo
         elif not mask.any(-1).all():
             continue
         if key not in found:
-            found[key] = (density(window, q_layout, k_layout), window, mask, sets)
+            cost = density(window, q_layout, k_layout)
+            if cost < 1.0:
+                cost += beside
+            if cost < 1.0 or isinstance(window, Dense):
+                found[key] = (cost, window, mask, sets)
     ordered = sorted(found.values(), key=lambda item: (item[0], isinstance(item[1], Dense)))
     return Candidates(
         tuple(window for _, window, _, _ in ordered),

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+from fpscompile import lowerings
 from fpscompile.calibration.observe import Call
 from fpscompile.calibration.report import CalibrationReport
-from fpscompile.lowerings import gather
 from fpscompile.plan import PhasePlan, Plan, resolve
 from fpscompile.selection import masks_of_call
 
@@ -22,7 +22,9 @@ class HeldOut:
             phases = tuple(
                 PhasePlan(site.window(index), None, site.granularities[index]) for index in range(len(report.ranges))
             )
-            self.plans[site.name] = Plan(report.tile, phases, quant=report.quant, lowering="gather")
+            self.plans[site.name] = Plan(
+                report.tile, phases, quant=report.quant, remainder=report.remainder, lowering="gather"
+            )
 
     def __call__(self, call: Call) -> None:
         if call.site not in self.plans:
@@ -37,9 +39,9 @@ class HeldOut:
         if resolved.dynamic:
             resolved, mask = masks_of_call(None, call.q, call.k, call.key_mask, phases, resolved, call.scale)
             at = tuple(range(len(phases)))
-        out, _ = gather.forward(
-            call.q, call.k, call.v, key_mask=call.key_mask, phases=at, resolved=resolved, scale=call.scale,
-            block_mask=mask,
+        out, _ = lowerings.forward(
+            lowerings.get("gather"), call.q, call.k, call.v, key_mask=call.key_mask, phases=at, resolved=resolved,
+            scale=call.scale, block_mask=mask,
         )  # fmt: skip
         difference = (out.float() - call.out.float()).flatten(1).norm(dim=1)
         for phase, error in zip(phases, difference / call.out.float().flatten(1).norm(dim=1), strict=True):

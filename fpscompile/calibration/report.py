@@ -79,6 +79,8 @@ class CalibrationReport:
     held_out: int = 0
     single_density: float = 1.0
     """Of the sparsest window that keeps every site within its error, the same for all heads, phases and sites."""
+    remainder: str = "none"
+    """As the option of this name. With "means" a density counts what they cost too."""
     notes: list[str] = field(default_factory=list)
     path: Path | None = None
     """Where it is saved."""
@@ -125,7 +127,8 @@ class CalibrationReport:
         layers = {site.name: {"schedule": self._schedule(site)} for site in self.sites if site.name}
         own = next((self._schedule(site) for site in self.sites if not site.name), None)
         dense = [{"start": start, "end": end, "window": spec_of(Dense())} for start, end in self.ranges]
-        return {"tile": list(self.tile), "layers": layers, "schedule": own or dense}
+        options = {"tile": list(self.tile), "layers": layers, "schedule": own or dense}
+        return options if self.remainder == "none" else {**options, "remainder": self.remainder}
 
     def _schedule(self, site: SiteCalibration) -> list[dict[str, Any]]:
         phases = []
@@ -147,7 +150,8 @@ class CalibrationReport:
     def key(self) -> str:
         """Of the entry in the tuning file."""
         sites = [(site.name, site.heads, site.head_dim) for site in self.sites]
-        digest = hashlib.sha256(json.dumps([sites, self.tile, self.quant]).encode()).hexdigest()[:8]
+        with_means = [] if self.remainder == "none" else [self.remainder]
+        digest = hashlib.sha256(json.dumps([sites, self.tile, self.quant, *with_means]).encode()).hexdigest()[:8]
         return f"{self.model} {'x'.join(map(str, self.grid))} {digest}"
 
     def entry(self) -> dict[str, Any]:

@@ -7,24 +7,30 @@ For the query rows of one tile, scores against all keys are taken once, and from
 
 so the output of every candidate costs one small product with its row of the tile mask; where content chooses tiles,
 that row is what :mod:`fpscompile.selection` would choose for this call. At no time is more held than the scores of a
-few rows. With FP8, the same sums are taken from the rounded operands, once for each granularity, and
-compared with the exact output.
+few rows. With ``remainder="means"`` the tiles outside a window add the mass and output of their means. With FP8, the
+same sums are taken from the rounded operands, once for each granularity, and compared with the exact output.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import functools
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
+from torch.nn.functional import pad
 
 from fpscompile.calibration.candidates import Candidates
 from fpscompile.plan import P_SCALE
 from fpscompile.quant import quantize_attention, round_e4m3
+from fpscompile.remainder import TileKeys
 from fpscompile.selection import choose_tiles, tile_scores
 from fpscompile.tiling import TileLayout
 from fpscompile.windows import TileSets
+
+Sums = tuple[torch.Tensor, torch.Tensor]
 
 CHUNK_BYTES = 64 << 20
 """Size aimed at for the scores, or the partial outputs, of one piece of work."""
@@ -55,6 +61,7 @@ class SiteStatistics:
     granularities: tuple[str, ...]
     """("tile",) without quantization."""
     quant: str
+    remainder: str = "none"
     calls: list[CallStatistics] = field(default_factory=list)
 
     def phases(self) -> list[int]:
@@ -115,31 +122,40 @@ def observe(
     bias = _slot_bias(key_mask, q, site.k_layout)
     chosen = list(site.candidates.chosen)
     scores = None
+    hidden = None if key_mask is None else key_mask[None]
     if chosen:
-        hidden = None if key_mask is None else key_mask[None]
         scores = tile_scores(q[None], k[None], site.q_layout, site.k_layout, hidden, scale)[0]
-    exact = _Operands.of(q, k, v, site.k_layout)
-    versions = [exact] if site.quant != "fp8" else [_rounded(q, k, v, site, name) for name in site.granularities]
+    means = None if site.remainder == "none" else TileKeys.of(k[None], v[None], hidden, site.k_layout, q.shape[0])
+    exact = _Operands.of(q, k, v, site.k_layout, means)
+    versions = [exact]
+    if site.quant == "fp8":
+        versions = [_rounded(q, k, v, site, name, means) for name in site.granularities]
     for heads, tiles, rows in _pieces(site, rows_per_tile, v.shape[-1]):
         shape = rows.shape  # query tiles, rows of each
         keep = site.candidates.masks[:, tiles].transpose(0, 1).to(q.device, torch.float32)  # [tiles, C, k_tiles]
         by_content = None if scores is None else _chosen_tiles(site, scores[heads], tiles)
-        sums = exact.sums(bias, heads, rows.flatten(), group, scale, False)
+        sums, of_means = exact.sums(bias, heads, rows.flatten(), group, scale, False)
         total = sums[0].sum(1)  # [h, tiles * rows]
         reference = (sums[1].sum(1) / _safe(total)[..., None]).unflatten(1, shape).transpose(0, 1)
         norm += float(reference.double().square().sum())
         for level, operands in enumerate(versions):
             if operands is not exact:
-                sums = operands.sums(bias, heads, rows.flatten(), group, scale, True)
+                sums, of_means = operands.sums(bias, heads, rows.flatten(), group, scale, True)
             kept, out = (keep @ _by_tile(x, shape) for x in sums)
             if by_content is not None:
                 kept[:, chosen], out[:, chosen] = (_by_head(by_content, x, shape) for x in sums)
             kept = kept.view(shape[0], count, -1, shape[1])  # [tiles, C, h, rows]
-            out = out.view(*kept.shape, -1) / _safe(kept)[..., None]
-            error[heads, :, level] += (out - reference[:, None]).square().sum((3, 4)).double().sum(0).T.cpu()
+            out = out.view(*kept.shape, -1)
             if level == 0:
                 share = kept / _safe(sums[0].sum(1)).unflatten(1, shape).transpose(0, 1)[:, None]
                 recall[heads] += share.double().sum((0, 3)).T.cpu()
+            if of_means is not None:
+                dropped, theirs = ((1 - keep) @ _by_tile(x, shape) for x in of_means)
+                if by_content is not None:
+                    dropped[:, chosen], theirs[:, chosen] = (_by_head(1 - by_content, x, shape) for x in of_means)
+                kept, out = kept + dropped.view_as(kept), out + theirs.view_as(out)
+            out = out / _safe(kept)[..., None]
+            error[heads, :, level] += (out - reference[:, None]).square().sum((3, 4)).double().sum(0).T.cpu()
         rows_seen += rows.numel() if heads.start == 0 else 0
     return CallStatistics(phase, error / max(norm, 1e-300), recall / max(rows_seen, 1))
 
@@ -203,27 +219,51 @@ class _Operands:
     """float32 [Hk, k_tiles * slots, D]."""
     values: torch.Tensor
     layout: TileLayout
+    means: TileKeys | None = None
+    """Of the video's key tiles, never rounded; their keys without what was subtracted from ``keys``."""
+    exact_q: torch.Tensor | None = None
+    """What means are multiplied with; None: ``q``."""
 
     @classmethod
-    def of(cls, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layout: TileLayout) -> _Operands:
+    def of(
+        cls, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layout: TileLayout, means: TileKeys | None = None
+    ) -> _Operands:
         place = _places(layout)[0].to(q.device)
-        return cls(q.float(), k.float()[:, place], v.float()[:, place], layout)
+        return cls(q.float(), k.float()[:, place], v.float()[:, place], layout, means)
 
     def sums(
         self, bias: torch.Tensor, heads: slice, rows: torch.Tensor, group: int, scale: float, round_p: bool
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """(mass [h, k_tiles, rows], partial outputs [h, k_tiles, rows, Dv]) of some heads and rows."""
-        if group == 1:
-            keys, values = self.keys[heads], self.values[heads]
-        else:
-            key_heads = torch.arange(heads.start, heads.stop, device=self.q.device) // group
-            keys, values = self.keys[key_heads], self.values[key_heads]
-        scores = self.q[heads][:, rows.to(self.q.device)] @ keys.mT * scale
+    ) -> tuple[Sums, Sums | None]:
+        """(mass [h, k_tiles, rows], partial outputs [h, k_tiles, rows, Dv]) of some heads and rows: of tiles, and of
+        means in their place."""
+        keys, values = (_of_heads(x, heads, group) for x in (self.keys, self.values))
+        at = rows.to(self.q.device)
+        scores = self.q[heads][:, at] @ keys.mT * scale
         scores += bias[heads] if len(bias) > 1 else bias
-        p = torch.exp(scores - scores.amax(-1, keepdim=True).nan_to_num(neginf=0.0))
+        top = scores.amax(-1, keepdim=True).nan_to_num(neginf=0.0)
+        p = torch.exp(scores - top)
         tiles = p.unflatten(2, (self.layout.n_tiles, -1)).transpose(1, 2)  # [h, k_tiles, rows, slots]
         weights = round_e4m3(tiles * P_SCALE) / P_SCALE if round_p else tiles
-        return tiles.sum(-1), weights @ values.unflatten(1, (self.layout.n_tiles, -1))
+        sums = tiles.sum(-1), weights @ values.unflatten(1, (self.layout.n_tiles, -1))
+        if self.means is None:
+            return sums, None
+        own = self.means.keys.shape[1] > len(self.keys)  # the key mask differs by head
+        keys, values = (
+            _of_heads(x[0].float(), heads, 1 if own else group) for x in (self.means.keys, self.means.values)
+        )
+        count = self.means.log_count[0] + math.log(self.layout.volume)
+        q = self.q if self.exact_q is None else self.exact_q
+        scores = q[heads][:, at] @ keys.mT * scale + (count[heads] if len(count) > 1 else count)[:, None]
+        p = torch.exp(scores - top).mT  # [h, N, rows]
+        around = (self.layout.before_tiles, self.layout.after_tiles)  # never dropped
+        return sums, (pad(p, (0, 0, *around)), pad(p[..., None] * values[:, :, None], (0, 0, 0, 0, *around)))
+
+
+def _of_heads(x: torch.Tensor, heads: slice, group: int) -> torch.Tensor:
+    """Rows of ``x`` [Hk, ...] that some query heads read."""
+    if group == 1:
+        return x[heads]
+    return x[torch.arange(heads.start, heads.stop, device=x.device) // group]
 
 
 @functools.lru_cache(maxsize=32)
@@ -233,11 +273,18 @@ def _places(layout: TileLayout) -> tuple[torch.Tensor, torch.Tensor]:
     return slots.clamp(min=0), slots < 0
 
 
-def _rounded(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, site: SiteStatistics, granularity: str) -> _Operands:
+def _rounded(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, site: SiteStatistics, granularity: str, means: TileKeys | None
+) -> _Operands:
     """Operands after FP8, at one granularity. K's mean stays subtracted: softmax does not see it."""
     fp8 = quantize_attention(q[None], k[None], v[None], site.q_layout, site.k_layout, granularity)
     q_hat, k_hat, v_hat = (x.dequantize(torch.float32)[0] for x in (fp8.q, fp8.k, fp8.v))
-    return _Operands.of(q_hat, k_hat, v_hat, site.k_layout)
+    operands = _Operands.of(q_hat, k_hat, v_hat, site.k_layout)
+    if means is None or fp8.k_mean is None:
+        return operands
+    group = means.keys.shape[1] // k.shape[0]
+    centred = means.keys - fp8.k_mean.to(means.keys.dtype).repeat_interleave(group, 1)
+    return dataclasses.replace(operands, means=dataclasses.replace(means, keys=centred), exact_q=q.float())
 
 
 def _slot_bias(key_mask: torch.Tensor | None, q: torch.Tensor, layout: TileLayout) -> torch.Tensor:

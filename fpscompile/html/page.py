@@ -193,6 +193,7 @@ def _plan(report: Report, group: SiteGroup, groups: list[SiteGroup]) -> PlanView
             ("tile", f"{grid_text(plan.tile, '×')} tokens"),
             ("lowering", site.lowering or "-"),
             ("quantization", words.quant_text(plan)),
+            *([("dropped tiles", "take part as their means")] if plan.remainder == "means" else []),
         ),
         timeline=svg_masks.timeline(bars, group.mean_density),
         only_phase=group.share.index(1.0) if unknown else None,

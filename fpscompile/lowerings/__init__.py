@@ -14,7 +14,8 @@ A lowering is a module with two functions::
     lse       [B, H, Lq] contiguous, float32 (float64 for float64 inputs); -inf where no key is visible
     dq, dk, dv  shaped and laid out like q, k, v seen as transposes of contiguous [B, L, H, D]
 
-Modules are imported on first use.
+Modules are imported on first use. :func:`forward` and :func:`backward` here run one and add what the plan's
+``remainder`` asks for; a module that does this itself says ``SERVES_REMAINDER = True``.
 """
 
 from __future__ import annotations
@@ -77,3 +78,39 @@ def get(name: str) -> Lowering:
     if name not in REGISTRY:
         raise UnsupportedError(f"lowering {name!r} is unknown; choose one of {', '.join(map(repr, REGISTRY))}")
     return cast(Lowering, importlib.import_module(REGISTRY[name]))
+
+
+def forward(
+    lowering: Lowering, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **call: Any
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(out, lse) of a lowering, and of the means of dropped tiles where the plan has them."""
+    out, lse = lowering.forward(q, k, v, **call)
+    if _added(lowering, call["resolved"]):
+        from fpscompile import remainder  # which calls the dense lowering
+
+        out, lse = remainder.add(out, lse, q, k, v, **call)
+    return out, lse
+
+
+def backward(
+    lowering: Lowering,
+    grad_out: torch.Tensor,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    **call: Any,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(dq, dk, dv) for what :func:`forward` returned."""
+    if not _added(lowering, call["resolved"]):
+        return lowering.backward(grad_out, q, k, v, out, lse, **call)
+    from fpscompile import remainder
+
+    whole: dict[str, Any] = {"whole": True} if lowering is get("gather") else {}
+    grads = lowering.backward(grad_out, q, k, v, out, lse, **call, **whole)
+    return remainder.add_gradients(grads, grad_out, q, k, v, out, lse, **call)
+
+
+def _added(lowering: Lowering, resolved: ResolvedPlan) -> bool:
+    return resolved.plan.remainder != "none" and not getattr(lowering, "SERVES_REMAINDER", False)

@@ -240,7 +240,8 @@ def _groups(phases: tuple[int, ...]) -> list[tuple[slice, int]]:
 def _as_bias(key_mask: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor | None:
     """The key mask as a term of the scores."""
     if key_mask is None or key_mask.dtype != torch.bool:
-        return key_mask
+        # torch's CPU kernel reads a float32 mask beside float64 queries as if it were float64
+        return key_mask.to(dtype) if key_mask is not None and dtype == torch.float64 else key_mask
     return torch.zeros(key_mask.shape, dtype=dtype, device=key_mask.device).masked_fill_(~key_mask, -torch.inf)
 
 

@@ -4,7 +4,8 @@ Picks torch's fastest kernel that returns the log-sum-exp and has a backward tha
 inputs, chunked matrix products in float32 (float64 for float64) do.
 
     q     [B, H, n, D], k [B, Hk, m, D], v [B, Hk, m, Dv]; H a multiple of Hk, n and m >= 1, any strides
-    bias  None, or [B | 1, H | 1, 1, m] added to the scaled scores, in q's dtype or float32
+    bias  None, or [B | 1, H | 1, 1, m] added to the scaled scores, in q's dtype or float32; or [.., .., n, m] for at
+          most CHUNK_ELEMENTS scores
     out   [B, H, n, Dv] in q's dtype, any strides
     lse   [B, H, n] float32 (float64), natural; -inf where the bias of every key is -inf, and out is 0 there
 """

@@ -9,6 +9,8 @@ from fpscompile.masks import BlockMask
 from fpscompile.plan import ResolvedPlan
 from fpscompile.reference import attention
 
+SERVES_REMAINDER = True
+
 
 def forward(
     q: torch.Tensor,

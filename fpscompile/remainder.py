@@ -1,0 +1,256 @@
+"""``remainder="means"``: the tiles that a mask drops stay in the softmax, each as a single key.
+
+A query that does not see key tile ``t`` sees, in its place, one key that stands for its ``n_t`` visible tokens::
+
+    score = scale * q . mean(k) + log(n_t)            value = mean(v)
+
+in one softmax with the tokens that it does see. To first order that is what the tile would have added: it is exact
+where the keys of a tile are alike, whatever their values. Attention that is spread over the whole video, which no
+window can serve, loses most of its error; a video of ``N`` tiles costs ``N`` more keys. Means of keys as a coarse
+branch of sparse attention are known from NSA (arXiv 2502.11089), which gates its branches; here nothing is learned, so
+weights of dense attention fit.
+
+A key mask's additive term ``b`` counts as in the softmax that it is part of: ``n_t = sum(exp(b))``, and means are
+weighted by ``exp(b)``. Tokens that are not of the video see all and are seen by all: nothing of theirs is dropped.
+
+What a lowering computed over its own tiles is merged by log-sum-exps with attention to the means::
+
+    lse = logaddexp(lse_tiles, lse_means)      out = out_tiles + exp(lse_means - lse) * (out_means - out_tiles)
+
+Gradients need no merging: with ``out`` and ``lse`` of the whole, each side gives its own share. With FP8 the rounding
+of P is then part of ``delta = rowsum(dO * out)``, which it is not in :mod:`fpscompile.reference`.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+
+from fpscompile.key_mask import additive, visible_keys
+from fpscompile.lowerings import dense
+from fpscompile.masks import BlockMask
+from fpscompile.plan import ResolvedPlan
+from fpscompile.quant import key_mean, place_of_token, work_dtype
+from fpscompile.selection import tile_means
+from fpscompile.tiling import TileLayout
+
+BIAS_BYTES = {"cpu": 4 << 20, "cuda": 128 << 20}
+"""Size aimed at for the bias of some rows of queries, a number for each row and mean, by device."""
+
+
+@torch.no_grad()
+def add(
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    *,
+    key_mask: torch.Tensor | None,
+    phases: torch.Tensor | tuple[int, ...],
+    resolved: ResolvedPlan,
+    scale: float,
+    block_mask: BlockMask | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(out, lse) with the dropped tiles added, in place; arguments as of a lowering, which has filled the first two."""
+    if out.numel() == 0 or not _drops(resolved, block_mask):
+        return out, lse
+    means = TileKeys.of(k, v, key_mask, resolved.k_layout, q.shape[1])
+    log_volume = math.log(resolved.k_layout.volume)
+    for b, rows, bias in _pieces(q, means, phases, resolved, block_mask):
+        keys, values = means.keys[b], means.values[b]
+        part, part_lse = _attend(q[b, :, rows], keys, values, bias, scale)
+        part_lse += log_volume
+        nothing = part_lse == -math.inf
+        whole = torch.logaddexp(lse[b, :, rows], part_lse)
+        share = (part_lse - whole).exp().masked_fill(nothing, 0.0)[..., None].to(out.dtype)
+        out[b, :, rows] = torch.lerp(out[b, :, rows], part, share)
+        lse[b, :, rows] = torch.where(nothing, lse[b, :, rows], whole)
+    return out, lse
+
+
+@torch.no_grad()
+def add_gradients(
+    grads: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
+    grad_out: torch.Tensor,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    *,
+    key_mask: torch.Tensor | None,
+    phases: torch.Tensor | tuple[int, ...],
+    resolved: ResolvedPlan,
+    scale: float,
+    block_mask: BlockMask | None = None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(dq, dk, dv) with the share of the means added, in place.
+
+    Args:
+        grads: what the lowering gave for ``out`` and ``lse`` of the whole.
+        out, lse: what :func:`add` returned.
+    """
+    dq, dk, dv = grads
+    if out.numel() == 0 or not _drops(resolved, block_mask):
+        return grads
+    layout, plan = resolved.k_layout, resolved.plan
+    means = TileKeys.of(k, v, key_mask, layout, q.shape[1])
+    lse = lse - math.log(layout.volume)
+    if plan.quant != "none" and plan.smooth_k:
+        # The lowering's keys are without their mean. Rows of dS sum to zero over tiles and means together, so the mean
+        # drops out of dq if both leave it out.
+        centre = key_mean(k, visible_keys(key_mask, k.shape[0], k.shape[1], q.shape[1]))
+        lse = lse - (q.to(centre.dtype) * centre.repeat_interleave(q.shape[1] // k.shape[1], 1)).sum(-1) * scale
+        centre = centre.repeat_interleave(means.keys.shape[1] // k.shape[1], 1).to(means.keys.dtype)
+        means = TileKeys(means.keys - centre, means.values, means.log_count, means.weights)
+    wide = work_dtype(q.dtype)
+    d_keys, d_values = (torch.zeros(x.shape, dtype=wide, device=x.device) for x in (means.keys, means.values))
+    for b, rows, bias in _pieces(q, means, phases, resolved, block_mask):
+        at = slice(b, b + 1)
+        part_dq, part_dk, part_dv = dense.backward(
+            grad_out[at, :, rows].to(q.dtype), q[at, :, rows], means.keys[at], means.values[at], out[at, :, rows],
+            lse[at, :, rows].contiguous(), bias[None], scale,
+        )  # fmt: skip
+        dq[at, :, rows] += part_dq
+        d_keys[at] += part_dk
+        d_values[at] += part_dv
+    tile_of = _tile_of(layout, q.device)
+    video = slice(layout.before, layout.before + layout.video)
+    for grad, part in ((dk, d_keys), (dv, d_values)):
+        spread = part[:, :, tile_of] * means.weights.to(wide)
+        if spread.shape[1] > grad.shape[1]:
+            spread = spread.unflatten(1, (grad.shape[1], -1)).sum(2)
+        grad[:, :, video] += spread.to(grad.dtype)
+    return dq, dk, dv
+
+
+@dataclass(frozen=True, eq=False)
+class TileKeys:
+    """The video's key tiles, a key each. Heads are K's, or the queries' where the key mask differs by head."""
+
+    keys: torch.Tensor
+    """[B, Hk | H, N, D] in the inputs' dtype."""
+    values: torch.Tensor
+    """[B, Hk | H, N, Dv]."""
+    log_count: torch.Tensor
+    """[B | 1, H | 1, N]: log of the visible tokens over those of a full tile, which is 0 nearly everywhere, so that
+    bfloat16 holds it; -inf where none is visible."""
+    weights: torch.Tensor
+    """[B | 1, H | 1, video tokens, 1]: share of each token in the means of its tile."""
+
+    @classmethod
+    def of(
+        cls, k: torch.Tensor, v: torch.Tensor, key_mask: torch.Tensor | None, layout: TileLayout, heads: int
+    ) -> TileKeys:
+        """From K [B, Hk, Lk, D], V and the key mask of a call."""
+        wide = work_dtype(k.dtype)
+        tile_of, sizes = _tile_of(layout, k.device), _sizes(layout, k.device).to(wide)
+        if key_mask is None:
+            keys, values = (tile_means(x, layout).to(x.dtype) for x in (k, v))
+            log_count = (sizes / layout.volume).log()[None, None]
+            return cls(keys, values, log_count, (1 / sizes)[tile_of][None, None, :, None])
+        bias = additive(key_mask)[:, :, 0].to(wide)
+        top = bias.amax(-1, keepdim=True).nan_to_num(neginf=0.0)
+        count = (bias - top).exp()
+        if count.shape[1] > 1:
+            k, v = (x.repeat_interleave(heads // x.shape[1], 1) for x in (k, v))
+        hidden = (count == 0)[..., None]  # what they hold may be no number
+        keys, values = (tile_means(x.masked_fill(hidden, 0.0), layout, count).to(x.dtype) for x in (k, v))
+        video = count[..., layout.before : layout.before + layout.video]
+        total = torch.zeros(*video.shape[:2], len(sizes), dtype=wide, device=k.device).index_add_(2, tile_of, video)
+        weights = video / total.masked_fill(total == 0, 1.0)[..., tile_of]
+        return cls(keys, values, (total / layout.volume).log() + top, weights[..., None])
+
+
+def _pieces(
+    q: torch.Tensor,
+    means: TileKeys,
+    phases: torch.Tensor | tuple[int, ...],
+    resolved: ResolvedPlan,
+    block_mask: BlockMask | None,
+) -> Iterator[tuple[int, slice, torch.Tensor]]:
+    """(batch element, rows of the video, bias [1 | H, rows, N] in q's dtype or float32): 0 or less for the mean of a
+    dropped tile, -inf for that of one that is seen."""
+    layout = resolved.q_layout
+    dropped = _dropped(resolved, q.device) if block_mask is None else _without(block_mask.to(q.device), resolved)
+    tile_of = _tile_of(layout, q.device)
+    phase = torch.as_tensor(phases, device=q.device, dtype=torch.int64).reshape(-1).clamp(0, len(dropped) - 1)
+    dropped = dropped[phase.repeat_interleave(q.shape[0] // phase.numel())]
+    log_count = means.log_count.expand(q.shape[0], -1, -1)
+    heads, tiles = max(dropped.shape[1], log_count.shape[1]), dropped.shape[-1]
+    step = max(1, BIAS_BYTES.get(q.device.type, 4 << 20) // (4 * heads * tiles))
+    if not _fits_kernel(q, means.values):
+        step = min(step, max(1, dense.CHUNK_ELEMENTS // (q.shape[1] * tiles)))
+    for b in range(q.shape[0]):
+        table = torch.where(dropped[b], log_count[b][:, None], -math.inf)
+        table = table.to(torch.float64 if q.dtype == torch.float64 else torch.float32)
+        for start in range(0, layout.video, step):
+            stop = min(start + step, layout.video)
+            yield b, slice(layout.before + start, layout.before + stop), table[:, tile_of[start:stop]]
+
+
+def _attend(
+    q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, bias: torch.Tensor, scale: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(out [H, rows, Dv], lse [H, rows]) of q [H, rows, D] over keys [Hk | H, N, D]; -inf where no mean counts."""
+    if not _fits_kernel(q, values):
+        out, lse = dense.forward(q[None], keys[None], values[None], bias[None], scale)
+        return out[0], lse[0]
+    heads, rows, tiles = q.shape[0], q.shape[1], keys.shape[1]
+    keys, values = (x.repeat_interleave(heads // len(x), 0) for x in (keys, values))
+    # the kernel asks for rows of 16 bytes; it takes the bias in q's dtype
+    padded = bias.new_full((len(bias), rows, -(-tiles // 8) * 8), -math.inf, dtype=q.dtype)
+    padded[..., :tiles] = bias
+    out, lse = torch.ops.aten._scaled_dot_product_efficient_attention(
+        q[None], keys[None], values[None], padded[..., :tiles].expand(heads, -1, -1)[None], True, scale=scale
+    )[:2]
+    nothing = (bias == -math.inf).all(-1)
+    return out[0].masked_fill(nothing[..., None], 0.0), lse[0, :, :rows].masked_fill(nothing, -math.inf)
+
+
+def _fits_kernel(q: torch.Tensor, values: torch.Tensor) -> bool:
+    """Whether torch's memory-efficient kernel takes these: half precision on a GPU, rows of whole 16 bytes."""
+    half = q.device.type == "cuda" and q.dtype in (torch.bfloat16, torch.float16)
+    return half and q.shape[-1] % 8 == 0 and values.shape[-1] % 8 == 0
+
+
+def extra_density(resolved: ResolvedPlan) -> float:
+    """What the means cost: their pairs with queries over all query-key pairs."""
+    queries, keys = resolved.q_layout, resolved.k_layout
+    return keys.video_tiles * queries.video / (queries.length * keys.length)
+
+
+def _drops(resolved: ResolvedPlan, block_mask: BlockMask | None) -> bool:
+    """Whether any query misses a tile."""
+    return block_mask is not None or min(resolved.densities) < 1.0
+
+
+@functools.lru_cache(maxsize=64)
+def _dropped(resolved: ResolvedPlan, device: torch.device) -> torch.Tensor:
+    """bool [phases, 1 | H, N, N]: video key tiles (columns) that each video query tile (rows) does not see."""
+    return _without(resolved.block_mask, resolved).to(device)
+
+
+def _without(mask: BlockMask, resolved: ResolvedPlan) -> torch.Tensor:
+    first, key_first = resolved.q_layout.before_tiles, resolved.k_layout.before_tiles
+    count = resolved.q_layout.video_tiles
+    seen = mask.to_dense(resolved.k_layout.n_tiles)
+    return ~seen[..., first : first + count, key_first : key_first + count]
+
+
+@functools.lru_cache(maxsize=64)
+def _tile_of(layout: TileLayout, device: torch.device) -> torch.Tensor:
+    """int64 [video tokens]: the video tile of each."""
+    tiles = place_of_token(layout)[0][layout.before : layout.before + layout.video]
+    return (tiles - layout.before_tiles).to(device)
+
+
+@functools.lru_cache(maxsize=64)
+def _sizes(layout: TileLayout, device: torch.device) -> torch.Tensor:
+    """int64 [N]: tokens of each video tile."""
+    return layout.sizes()[layout.before_tiles : layout.before_tiles + layout.video_tiles].to(device)
