@@ -39,7 +39,8 @@ from fpscompile.selection import tile_means
 from fpscompile.tiling import TileLayout
 
 BIAS_BYTES = {"cpu": 4 << 20, "cuda": 128 << 20}
-"""Size aimed at for the bias of some rows of queries, a number for each row and mean, by device."""
+"""Size aimed at for the bias of some rows of queries, a number for each row and mean, by device, where torch's own
+operations attend to the means: everywhere but beside the Triton kernels in half precision."""
 
 
 @torch.no_grad()
@@ -60,16 +61,24 @@ def add(
     if out.numel() == 0 or not _drops(resolved, block_mask):
         return out, lse
     means = TileKeys.of(k, v, key_mask, resolved.k_layout, q.shape[1])
+    half = q.dtype in (torch.bfloat16, torch.float16)
+    if resolved.plan.lowering == "triton" and half and block_mask is None:
+        from fpscompile.gpu import means as kernel  # which needs Triton, as the lowering does
+
+        count = means.log_count.to(torch.float32).contiguous()
+        dropped = _dropped(resolved, q.device)
+        kernel.add(q, means.keys, means.values, count, dropped, out, lse, phases, resolved, scale)
+        return out, lse
     log_volume = math.log(resolved.k_layout.volume)
     for b, rows, bias in _pieces(q, means, phases, resolved, block_mask):
-        keys, values = means.keys[b], means.values[b]
-        part, part_lse = _attend(q[b, :, rows], keys, values, bias, scale)
-        part_lse += log_volume
+        at = slice(b, b + 1)
+        part, part_lse = dense.forward(q[at, :, rows], means.keys[at], means.values[at], bias[None], scale)
+        part_lse = part_lse + log_volume
         nothing = part_lse == -math.inf
-        whole = torch.logaddexp(lse[b, :, rows], part_lse)
+        whole = torch.logaddexp(lse[at, :, rows], part_lse)
         share = (part_lse - whole).exp().masked_fill(nothing, 0.0)[..., None].to(out.dtype)
-        out[b, :, rows] = torch.lerp(out[b, :, rows], part, share)
-        lse[b, :, rows] = torch.where(nothing, lse[b, :, rows], whole)
+        out[at, :, rows] = torch.lerp(out[at, :, rows], part, share)
+        lse[at, :, rows] = torch.where(nothing, lse[at, :, rows], whole)
     return out, lse
 
 
@@ -177,46 +186,21 @@ def _pieces(
     """(batch element, rows of the video, bias [1 | H, rows, N] in q's dtype or float32): 0 or less for the mean of a
     dropped tile, -inf for that of one that is seen."""
     layout = resolved.q_layout
+    video = slice(layout.before_tiles, layout.before_tiles + layout.video_tiles)
     dropped = _dropped(resolved, q.device) if block_mask is None else _without(block_mask.to(q.device), resolved)
     tile_of = _tile_of(layout, q.device)
     phase = torch.as_tensor(phases, device=q.device, dtype=torch.int64).reshape(-1).clamp(0, len(dropped) - 1)
-    dropped = dropped[phase.repeat_interleave(q.shape[0] // phase.numel())]
+    dropped = dropped[phase.repeat_interleave(q.shape[0] // phase.numel())][:, :, video]
     log_count = means.log_count.expand(q.shape[0], -1, -1)
     heads, tiles = max(dropped.shape[1], log_count.shape[1]), dropped.shape[-1]
     step = max(1, BIAS_BYTES.get(q.device.type, 4 << 20) // (4 * heads * tiles))
-    if not _fits_kernel(q, means.values):
-        step = min(step, max(1, dense.CHUNK_ELEMENTS // (q.shape[1] * tiles)))
+    step = min(step, max(1, dense.CHUNK_ELEMENTS // (q.shape[1] * tiles)))
     for b in range(q.shape[0]):
         table = torch.where(dropped[b], log_count[b][:, None], -math.inf)
         table = table.to(torch.float64 if q.dtype == torch.float64 else torch.float32)
         for start in range(0, layout.video, step):
             stop = min(start + step, layout.video)
             yield b, slice(layout.before + start, layout.before + stop), table[:, tile_of[start:stop]]
-
-
-def _attend(
-    q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, bias: torch.Tensor, scale: float
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """(out [H, rows, Dv], lse [H, rows]) of q [H, rows, D] over keys [Hk | H, N, D]; -inf where no mean counts."""
-    if not _fits_kernel(q, values):
-        out, lse = dense.forward(q[None], keys[None], values[None], bias[None], scale)
-        return out[0], lse[0]
-    heads, rows, tiles = q.shape[0], q.shape[1], keys.shape[1]
-    keys, values = (x.repeat_interleave(heads // len(x), 0) for x in (keys, values))
-    # the kernel asks for rows of 16 bytes; it takes the bias in q's dtype
-    padded = bias.new_full((len(bias), rows, -(-tiles // 8) * 8), -math.inf, dtype=q.dtype)
-    padded[..., :tiles] = bias
-    out, lse = torch.ops.aten._scaled_dot_product_efficient_attention(
-        q[None], keys[None], values[None], padded[..., :tiles].expand(heads, -1, -1)[None], True, scale=scale
-    )[:2]
-    nothing = (bias == -math.inf).all(-1)
-    return out[0].masked_fill(nothing[..., None], 0.0), lse[0, :, :rows].masked_fill(nothing, -math.inf)
-
-
-def _fits_kernel(q: torch.Tensor, values: torch.Tensor) -> bool:
-    """Whether torch's memory-efficient kernel takes these: half precision on a GPU, rows of whole 16 bytes."""
-    half = q.device.type == "cuda" and q.dtype in (torch.bfloat16, torch.float16)
-    return half and q.shape[-1] % 8 == 0 and values.shape[-1] % 8 == 0
 
 
 def extra_density(resolved: ResolvedPlan) -> float:
@@ -232,15 +216,13 @@ def _drops(resolved: ResolvedPlan, block_mask: BlockMask | None) -> bool:
 
 @functools.lru_cache(maxsize=64)
 def _dropped(resolved: ResolvedPlan, device: torch.device) -> torch.Tensor:
-    """bool [phases, 1 | H, N, N]: video key tiles (columns) that each video query tile (rows) does not see."""
+    """bool [phases, 1 | H, query tiles, N]: the video's key tiles that each query tile does not see; others see all."""
     return _without(resolved.block_mask, resolved).to(device)
 
 
 def _without(mask: BlockMask, resolved: ResolvedPlan) -> torch.Tensor:
-    first, key_first = resolved.q_layout.before_tiles, resolved.k_layout.before_tiles
-    count = resolved.q_layout.video_tiles
-    seen = mask.to_dense(resolved.k_layout.n_tiles)
-    return ~seen[..., first : first + count, key_first : key_first + count]
+    first = resolved.k_layout.before_tiles
+    return ~mask.to_dense(resolved.k_layout.n_tiles)[..., first : first + resolved.k_layout.video_tiles]
 
 
 @functools.lru_cache(maxsize=64)

@@ -1,4 +1,4 @@
-"""``remainder="means"`` beside the generated Triton kernels; on a GPU through torch's memory-efficient kernel."""
+"""``remainder="means"`` beside the generated Triton kernels: its own kernel in half precision, torch's else."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import torch
 from fpscompile import lowerings
 from fpscompile.plan import PhasePlan, Plan, resolve
 from fpscompile.reference import attention
+from fpscompile.windows import Heads, pattern_of
 
 pytest.importorskip("triton")
 
@@ -37,13 +38,20 @@ def off(x, y):
     return float((x.double() - y.double()).norm() / y.double().norm())
 
 
-@pytest.mark.parametrize("masked", [False, True])
+MASKS = {"none": None, "keys": (2, 1), "keys of a head": (1, 4)}
+
+
+@pytest.mark.parametrize("masked", MASKS)
 @pytest.mark.parametrize(("quant", "dtype"), [
     ("none", torch.bfloat16), ("none", torch.float32), pytest.param("fp8", torch.bfloat16, marks=NEEDS_FP8),
 ])  # fmt: skip
 def test_forward_and_gradients(quant, dtype, masked):
     q, k, v, call = call_of(quant, dtype)
-    mask = (torch.rand(2, 1, 1, k.shape[2], device=DEVICE) > 0.3) if masked else None
+    mask = None
+    if MASKS[masked] is not None:
+        mask = torch.rand(*MASKS[masked], 1, k.shape[2], device=DEVICE) > 0.3
+        layout = call["resolved"].k_layout
+        mask[..., layout.order()[: layout.sizes()[0]].to(DEVICE)] = False  # a whole tile
     lowering = lowerings.get("triton")
     out, lse = lowerings.forward(lowering, q, k, v, key_mask=mask, **call)
     assert out.transpose(1, 2).is_contiguous()
@@ -60,6 +68,18 @@ def test_forward_and_gradients(quant, dtype, masked):
     grads = lowerings.backward(lowering, grad, q, k, v, out, lse, key_mask=mask, **call)
     for got, one in zip(grads, torch.autograd.grad(want, leaves, grad.float()), strict=True):
         assert off(got, one) < 4e-2
+
+
+@pytest.mark.parametrize("dim", [40, 128])
+@pytest.mark.parametrize("window", ["heads", (1, 2, 2)])
+def test_head_dims_and_windows_by_head(dim, window):
+    window = Heads({"1": pattern_of((9, 9, 9))}, pattern_of((1, 1, 1))) if window == "heads" else window
+    q, k, v, call = call_of("none", torch.float16, text=0, dim=dim, phases=(window,))
+    out, lse = lowerings.forward(lowerings.get("triton"), q, k, v, key_mask=None, **call)
+    common = {"resolved": call["resolved"], "phase": (0,), "scale": call["scale"]}
+    want, want_lse = attention(q.float(), k.float(), v.float(), **common)
+    assert off(out, want) < 5e-3
+    torch.testing.assert_close(lse, want_lse, rtol=5e-3, atol=5e-3)
 
 
 @NEEDS_GPU
