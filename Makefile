@@ -79,6 +79,7 @@ bench: $(READY)
 	$(BIN)/python benchmarks/autotune_cpu.py --json benchmarks/results/autotune_cpu.json
 	$(BIN)/python benchmarks/calibrate_cpu.py --json benchmarks/results/calibrate_cpu.json
 	$(BIN)/python benchmarks/calibrate_trained.py --json benchmarks/results/calibrate_trained.json
+	$(BIN)/python benchmarks/remainder.py --json benchmarks/results/remainder.json
 	$(BIN)/python benchmarks/model_cpu.py
 	$(BIN)/python benchmarks/training_cpu.py
 	$(BIN)/python benchmarks/compile_time.py

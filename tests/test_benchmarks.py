@@ -86,6 +86,7 @@ def test_compile_time(tmp_path: Path, figures: ModuleType) -> None:
         ("autotune_cpu", "exhaustive search"),
         ("small_grids_cpu", "over_dense_at_density_1"),
         ("calibrate_trained", "the trained small Wan"),
+        ("remainder", "the means over with them"),
     ],
 )
 def test_quick_runs(name: str, figure: str, tmp_path: Path, figures: ModuleType) -> None:

@@ -21,15 +21,19 @@ OPTIONS = {"schedule": "paper", "tile": (2, 4, 4), "quant": "fp8", "granularity"
 
 def output(device: torch.device, *, parallel: bool) -> torch.Tensor:
     import fpscompile
-    from fpscompile.backend import fps
 
     model = wan(layers=2).to(device)
     inputs = {k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in wan_inputs(GRID).items()}
     if parallel:
         model.enable_parallelism(config=diffusers.ContextParallelConfig(ulysses_degree=2))
-    model = torch.compile(model, backend=fps, options=OPTIONS)  # torch 2.11 breaks the graph at the end
-    with torch.no_grad(), fpscompile.attach(model):
-        return model(**inputs)[0].cpu()
+    backend = fpscompile.Backend(fpscompile.Settings.from_options(OPTIONS))
+    model = torch.compile(model, backend=backend)  # torch 2.11 breaks the graph at the end
+    with torch.no_grad(), fpscompile.attach(model, grid=GRID):
+        out = model(**inputs)[0].cpu()
+    sites = [site for graph in backend.graphs for site in graph.sites if site.kind == "3d"]
+    assert len(sites) == 2
+    assert all(site.rewritten for site in sites), [site.reason for site in sites]
+    return out
 
 
 def _rank(rank: int, port: int, folder: str) -> None:
