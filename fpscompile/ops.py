@@ -24,7 +24,8 @@ Shapes and meaning
                     backward. It receives no gradient
     output          [B, H, Lq, Dv] in the query's dtype, strided as the transpose of a contiguous [B, Lq, H, Dv]
     lse             [B, H, Lq] contiguous, float32 (float64 for float64 inputs): natural log of the sum of exp of
-                    the scaled, masked scores over the visible keys; -inf where no key is visible. Not differentiable.
+                    the scaled, masked scores over the visible keys, means of dropped tiles among them where the plan
+                    has those (:mod:`fpscompile.remainder`); -inf where no key is visible. Not differentiable.
 
 Layouts of the gradients: dq, dk and dv, like the output, are transposes of contiguous [B, L, H, D].
 

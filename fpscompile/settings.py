@@ -254,7 +254,7 @@ def _reject_unknown(where: str, given: Mapping[str, Any], cls: type) -> None:
     for key in given:
         if key not in known:
             near = difflib.get_close_matches(str(key), known, n=1)
-            hint = f"; did you mean {near[0]!r}?" if near else ""
+            hint = f"; did you mean {near[0]!r}?" if near else "."
             raise OptionError(f"{where} has no key {key!r}{hint} Known keys: {', '.join(known)}")
 
 

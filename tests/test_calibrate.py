@@ -514,6 +514,34 @@ def test_pipelines_are_run_and_left_as_they_were(tmp_path: Path) -> None:
     assert not pipe.transformer._forward_pre_hooks
 
 
+def test_pipelines_can_be_calibrated_any_number_of_times(tmp_path: Path) -> None:
+    pipe = Pipeline(late=False)
+    with torch._dynamo.config.patch(recompile_limit=2):
+        for _ in range(4):
+            report = calibrate(
+                pipe, [{"seed": 1}], max_error=0.05, path=tmp_path / "t.json", options={"tile": TILE}, held_out=0.0
+            )
+            assert report.density < 1.0
+
+
+def test_means_of_dropped_tiles_are_predicted_saved_and_used(tmp_path: Path) -> None:
+    model, given = Structured().eval(), samples(8)
+    reports = {
+        way: calibrate(model, given, max_error=0.2, path=tmp_path / f"{way}.json", options=OPTIONS | {"remainder": way})
+        for way in ("none", "means")
+    }
+    assert "remainder" not in reports["none"].options
+    means = reports["means"]
+    assert means.options["remainder"] == "means"
+    assert means.key != reports["none"].key
+    assert means.measured == pytest.approx(means.predicted, rel=0.3)
+    backend, out = compiled(model, given[0], tuning=str(tmp_path / "means.json"))
+    plans = [site.plan for graph in backend.graphs for site in graph.sites if site.rewritten]
+    assert {plan.remainder for plan in plans if plan is not None} == {"means"}
+    exact = model(**given[0])
+    assert (out - exact).norm() < 0.3 * exact.norm()
+
+
 def test_without_a_step_all_steps_share_one_choice(tmp_path: Path) -> None:
     class NoStep(Structured):
         def forward(self, latent: torch.Tensor) -> torch.Tensor:  # type: ignore[override]

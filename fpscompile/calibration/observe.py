@@ -121,7 +121,8 @@ def _compiled_denoisers(pipe: Any, backend: Backend) -> Iterator[list[str]]:
     modules = [original(module) for module in found.values()]
     before = [module._compiled_call_impl for module in modules]
     for module in modules:
-        module.compile(backend=backend)
+        # Not module.compile: Dynamo would count each calibration as a recompilation of the same code.
+        module._compiled_call_impl = captured(module._call_impl, backend)
     try:
         yield [type(module).__name__ for module in modules]
     finally:
