@@ -76,7 +76,7 @@ def window_text(window: AnyWindow, times: str = "x") -> str:
 def _family(name: str, fields: dict[str, Any]) -> Pattern:
     if name not in FAMILIES:
         near = difflib.get_close_matches(name, FAMILIES, n=1)
-        hint = f"; did you mean {near[0]!r}?" if near else ""
+        hint = f"; did you mean {near[0]!r}?" if near else "."
         raise WindowError(
             f"window {name!r} is no family{hint} Give three integers (key tiles along t, h, w) or one of "
             f"{', '.join(FAMILIES)}"
