@@ -257,7 +257,22 @@ def model_gpu(report: dict[str, Any]) -> list[Row]:
     return out
 
 
-GPU_SECTIONS = {"attention_gpu": attention_gpu, "model_gpu": model_gpu, "model_two_gpus": model_gpu}
+def remainder_gpu(report: dict[str, Any]) -> list[Row]:
+    """What the means cost there."""
+    row = report["rows"][0]
+    what = (
+        f"{row['case']}, density {row['density']:.2f}, tile {'x'.join(map(str, row['tile']))}: time of FP8 attention "
+        'with `remainder="means"` over that without'
+    )
+    return [(what, f"{row['ratio']:.2f} ({row['none']:.1f} ms to {row['means']:.1f} ms)", "")]
+
+
+GPU_SECTIONS = {
+    "attention_gpu": attention_gpu,
+    "remainder_gpu": remainder_gpu,
+    "model_gpu": model_gpu,
+    "model_two_gpus": model_gpu,
+}
 
 SECTIONS = {
     "attention_cpu": attention,

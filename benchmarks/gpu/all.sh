@@ -19,6 +19,7 @@ timeout 150 python3 benchmarks/gpu/attention_gpu.py --fitting --quants fp8 --jso
     tee "$results/attention_gpu.log"
 timeout 240 python3 benchmarks/gpu/model_gpu.py --models 14B --sizes 720p --rounds 2 --json "$results/model_gpu.json" 2>&1 |
     tee "$results/model_gpu.log" | grep variant
+timeout 90 python3 benchmarks/gpu/remainder_gpu.py --json "$results/remainder_gpu.json" >"$results/remainder_gpu.log" 2>&1
 timeout 120 python3 benchmarks/gpu/profile_model.py --json "$results/profile_model.json" >"$results/profile_model.log" 2>&1
 
 grep -hE "^(FAILED|ERROR)|passed|failed" "$results/device_tests.log" | tail -20

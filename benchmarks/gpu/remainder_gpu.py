@@ -1,4 +1,4 @@
-"""What ``remainder="means"`` costs on a GPU: the FP8 kernel of Wan 14B at 720p with the means of dropped tiles and without.
+"""What ``remainder="means"`` costs on a GPU: FP8 attention of Wan 14B at 720p with the means of dropped tiles.
 
 Both ways in turn; medians of rounds. Memory is what a call needs beyond q, k, v and what was allocated before it.
 
