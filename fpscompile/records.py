@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -11,6 +10,7 @@ import networkx as nx
 from fpscompile.ir import Reason
 from fpscompile.plan import Plan
 from fpscompile.settings import Settings
+from fpscompile.tiling import TileLayout
 from fpscompile.windows import AnyWindow
 
 
@@ -66,8 +66,8 @@ class SiteRecord:
         """Pairs of a query and a mean, over all query-key pairs."""
         if self.plan is None or self.grid is None or self.plan.remainder == "none":
             return 0.0
-        tiles = math.prod(-(-size // tile) for size, tile in zip(self.grid, self.plan.tile, strict=True))
-        return tiles * math.prod(self.grid) / (self.q_length * self.k_length)
+        video = TileLayout(self.grid, self.plan.tile)
+        return video.video_tiles * video.video / (self.q_length * self.k_length)
 
 
 @dataclass(frozen=True)

@@ -35,7 +35,7 @@ from fpscompile.lowerings import dense
 from fpscompile.masks import BlockMask
 from fpscompile.plan import ResolvedPlan
 from fpscompile.quant import key_mean, place_of_token, work_dtype
-from fpscompile.selection import tile_means
+from fpscompile.selection import phase_of_each, tile_means, tile_sizes
 from fpscompile.tiling import TileLayout
 
 BIAS_BYTES = {"cpu": 4 << 20, "cuda": 128 << 20}
@@ -69,11 +69,9 @@ def add(
         dropped = _dropped(resolved, q.device)
         kernel.add(q, means.keys, means.values, count, dropped, out, lse, phases, resolved, scale)
         return out, lse
-    log_volume = math.log(resolved.k_layout.volume)
     for b, rows, bias in _pieces(q, means, phases, resolved, block_mask):
         at = slice(b, b + 1)
         part, part_lse = dense.forward(q[at, :, rows], means.keys[at], means.values[at], bias[None], scale)
-        part_lse = part_lse + log_volume
         nothing = part_lse == -math.inf
         whole = torch.logaddexp(lse[at, :, rows], part_lse)
         share = (part_lse - whole).exp().masked_fill(nothing, 0.0)[..., None].to(out.dtype)
@@ -109,7 +107,6 @@ def add_gradients(
         return grads
     layout, plan = resolved.k_layout, resolved.plan
     means = TileKeys.of(k, v, key_mask, layout, q.shape[1])
-    lse = lse - math.log(layout.volume)
     if plan.quant != "none" and plan.smooth_k:
         # The lowering's keys are without their mean. Rows of dS sum to zero over tiles and means together, so the mean
         # drops out of dq if both leave it out.
@@ -147,8 +144,7 @@ class TileKeys:
     values: torch.Tensor
     """[B, Hk | H, N, Dv]."""
     log_count: torch.Tensor
-    """[B | 1, H | 1, N]: log of the visible tokens over those of a full tile, which is 0 nearly everywhere, so that
-    bfloat16 holds it; -inf where none is visible."""
+    """[B | 1, H | 1, N]: log of the visible tokens of each tile; -inf where there are none."""
     weights: torch.Tensor
     """[B | 1, H | 1, video tokens, 1]: share of each token in the means of its tile."""
 
@@ -158,11 +154,10 @@ class TileKeys:
     ) -> TileKeys:
         """From K [B, Hk, Lk, D], V and the key mask of a call."""
         wide = work_dtype(k.dtype)
-        tile_of, sizes = _tile_of(layout, k.device), _sizes(layout, k.device).to(wide)
+        tile_of, sizes = _tile_of(layout, k.device), tile_sizes(layout, k.device).to(wide)
         if key_mask is None:
             keys, values = (tile_means(x, layout).to(x.dtype) for x in (k, v))
-            log_count = (sizes / layout.volume).log()[None, None]
-            return cls(keys, values, log_count, (1 / sizes)[tile_of][None, None, :, None])
+            return cls(keys, values, sizes.log()[None, None], (1 / sizes)[tile_of][None, None, :, None])
         bias = additive(key_mask)[:, :, 0].to(wide)
         top = bias.amax(-1, keepdim=True).nan_to_num(neginf=0.0)
         count = (bias - top).exp()
@@ -173,7 +168,7 @@ class TileKeys:
         video = count[..., layout.before : layout.before + layout.video]
         total = torch.zeros(*video.shape[:2], len(sizes), dtype=wide, device=k.device).index_add_(2, tile_of, video)
         weights = video / total.masked_fill(total == 0, 1.0)[..., tile_of]
-        return cls(keys, values, (total / layout.volume).log() + top, weights[..., None])
+        return cls(keys, values, total.log() + top, weights[..., None])
 
 
 def _pieces(
@@ -183,14 +178,13 @@ def _pieces(
     resolved: ResolvedPlan,
     block_mask: BlockMask | None,
 ) -> Iterator[tuple[int, slice, torch.Tensor]]:
-    """(batch element, rows of the video, bias [1 | H, rows, N] in q's dtype or float32): 0 or less for the mean of a
-    dropped tile, -inf for that of one that is seen."""
+    """(batch element, rows of the video, bias [1 | H, rows, N], float32 or float64): the log of its tokens for the
+    mean of a dropped tile, -inf for that of one that is seen."""
     layout = resolved.q_layout
     video = slice(layout.before_tiles, layout.before_tiles + layout.video_tiles)
     dropped = _dropped(resolved, q.device) if block_mask is None else _without(block_mask.to(q.device), resolved)
     tile_of = _tile_of(layout, q.device)
-    phase = torch.as_tensor(phases, device=q.device, dtype=torch.int64).reshape(-1).clamp(0, len(dropped) - 1)
-    dropped = dropped[phase.repeat_interleave(q.shape[0] // phase.numel())][:, :, video]
+    dropped = dropped[phase_of_each(phases, q.shape[0], len(dropped), q.device)][:, :, video]
     log_count = means.log_count.expand(q.shape[0], -1, -1)
     heads, tiles = max(dropped.shape[1], log_count.shape[1]), dropped.shape[-1]
     step = max(1, BIAS_BYTES.get(q.device.type, 4 << 20) // (4 * heads * tiles))
@@ -230,9 +224,3 @@ def _tile_of(layout: TileLayout, device: torch.device) -> torch.Tensor:
     """int64 [video tokens]: the video tile of each."""
     tiles = place_of_token(layout)[0][layout.before : layout.before + layout.video]
     return (tiles - layout.before_tiles).to(device)
-
-
-@functools.lru_cache(maxsize=64)
-def _sizes(layout: TileLayout, device: torch.device) -> torch.Tensor:
-    """int64 [N]: tokens of each video tile."""
-    return layout.sizes()[layout.before_tiles : layout.before_tiles + layout.video_tiles].to(device)

@@ -59,14 +59,20 @@ def select(
     """
     batch, heads = q.shape[:2]
     always, eligible, extra = _sets(resolved, q.device)
-    phase = torch.as_tensor(phase, device=q.device, dtype=torch.int64).reshape(-1).clamp(0, len(resolved.windows) - 1)
-    phase = phase.repeat_interleave(batch // phase.numel())
+    phase = phase_of_each(phase, batch, len(resolved.windows), q.device)
     always, eligible, extra = always[phase], eligible[phase], extra[phase]  # [B, 1 | H, ...]
     most = _most(resolved)
     if most == 0:
         return always.expand(batch, heads, -1, -1)
     scores = tile_scores(q, k, resolved.q_layout, resolved.k_layout, key_mask, scale)
     return _chosen(scores, always, eligible, extra, most)
+
+
+def phase_of_each(phase: torch.Tensor | Sequence[int], batch: int, count: int, device: torch.device) -> torch.Tensor:
+    """int64 [B]: the phase of each batch element, from one for each run of equally many; clamped to the ``count`` there
+    are, without waiting for the device."""
+    given = torch.as_tensor(phase, device=device, dtype=torch.int64).reshape(-1).clamp(0, count - 1)
+    return given.repeat_interleave(batch // given.numel())
 
 
 def tile_scores(
@@ -115,7 +121,7 @@ def tile_means(x: torch.Tensor, layout: TileLayout, weights: torch.Tensor | None
         weights: [B | 1, H | 1, L], how much each token counts; a tile whose tokens all weigh nothing gives 0.
     """
     if weights is None:
-        return _tile_sums(x, layout) / _volumes(layout, x.device)
+        return _tile_sums(x, layout) / tile_sizes(layout, x.device)[:, None]
     total = _tile_sums(weights[..., None], layout)
     sums = _tile_sums(x * weights[..., None].to(x.dtype), layout)
     return sums / total.masked_fill(total == 0, 1.0)
@@ -154,10 +160,10 @@ def _pooled(x: torch.Tensor, layout: TileLayout, dim: int) -> torch.Tensor:
 
 
 @functools.lru_cache(maxsize=64)
-def _volumes(layout: TileLayout, device: torch.device) -> torch.Tensor:
-    """float32 [N, 1]: tokens of each video tile."""
+def tile_sizes(layout: TileLayout, device: torch.device) -> torch.Tensor:
+    """float32 [N]: tokens of each video tile."""
     sizes = layout.sizes()[layout.before_tiles : layout.before_tiles + layout.video_tiles]
-    return sizes.to(device, torch.float32)[:, None]
+    return sizes.to(device, torch.float32)
 
 
 def _key_means(

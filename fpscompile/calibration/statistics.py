@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
@@ -251,7 +250,7 @@ class _Operands:
         keys, values = (
             _of_heads(x[0].float(), heads, 1 if own else group) for x in (self.means.keys, self.means.values)
         )
-        count = self.means.log_count[0] + math.log(self.layout.volume)
+        count = self.means.log_count[0]
         q = self.q if self.exact_q is None else self.exact_q
         scores = q[heads][:, at] @ keys.mT * scale + (count[heads] if len(count) > 1 else count)[:, None]
         p = torch.exp(scores - top).mT  # [h, N, rows]

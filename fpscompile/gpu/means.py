@@ -8,8 +8,6 @@ allocated, and the phase is read on the device.
 
 from __future__ import annotations
 
-import math
-
 import torch
 import triton
 import triton.language as tl
@@ -27,7 +25,7 @@ LN2 = tl.constexpr(0.6931471805599453)
 def _add_means(  # type: ignore[no-untyped-def]
     q_ptr, k_ptr, v_ptr, count_ptr, dropped_ptr, out_ptr, lse_ptr, q_blocks_ptr, q_token_ptr, phase_ptr,
     q_sb, q_sh, q_sl, q_sd, out_sb, out_sh, out_sl, count_sb, count_sh,
-    H, Lq, N, q_tiles, mask_heads, phases, phase_group, softmax_scale, log_volume,
+    H, Lq, N, q_tiles, mask_heads, phases, phase_group, softmax_scale,
     GROUP: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, DP: tl.constexpr, DVP: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
@@ -72,7 +70,7 @@ def _add_means(  # type: ignore[no-untyped-def]
     if tl.max(l, 0) > 0.0:  # a tile that drops nothing leaves its rows alone
         lse_at = lse_ptr + (b * H + h) * Lq + token
         lse = tl.load(lse_at, mask=held, other=0.0)
-        mine = (m + tl.log2(l)) * LN2 + log_volume
+        mine = (m + tl.log2(l)) * LN2
         top = tl.maximum(lse, mine)
         whole = top + tl.log(tl.exp(lse - top) + tl.exp(mine - top))
         share = tl.exp(mine - whole)
@@ -101,7 +99,7 @@ def add(
     Args:
         q: [B, H, Lq, D] in half precision, any strides.
         keys, values: means [B, Hk | H, N, D | Dv].
-        log_count: float32 [B | 1, H | 1, N], log of the tokens of each tile over those of a full one.
+        log_count: float32 [B | 1, H | 1, N], log of the tokens of each tile.
         dropped: bool [phases, 1 | H, q_tiles, N], other tokens' tiles among the rows.
         out: [B, H, Lq, Dv], the transpose of a contiguous tensor.
         lse: float32 [B, H, Lq].
@@ -117,7 +115,7 @@ def add(
             q, keys.contiguous(), values.contiguous(), log_count, dropped.view(torch.uint8), out, lse, blocks,
             tables.q_token, phase, *q.stride(), *out.stride()[:3], *head_strides(log_count),
             heads, length, keys.shape[2], dropped.shape[2], dropped.shape[1], len(dropped), batch // phase.numel(),
-            scale, math.log(resolved.k_layout.volume),
+            scale,
             GROUP=heads // keys.shape[1], D=dim, DV=value_dim, DP=padded(dim), DVP=padded(value_dim),
             BLOCK_M=rows, BLOCK_N=64 if width <= 128 else 32, num_warps=8 if rows == 128 else 4, num_stages=2,
         )  # fmt: skip
