@@ -367,9 +367,8 @@ def _arguments(
 def _of_gradients(resolved: ResolvedPlan) -> lowerings.Lowering:
     """The lowering that computes the gradients of a plan: its own, or gather where that serves no such mask, or does
     not take an output that covers more than its own tiles."""
-    plan = resolved.plan
-    lowering = lowerings.get(plan.lowering)
-    if plan.remainder != "none" and plan.quant == "fp8" and plan.lowering in ("cpp", "triton"):
+    lowering = lowerings.get(resolved.plan.lowering)
+    if lowerings.gathers_gradients(resolved.plan):
         return lowerings.get("gather")
     if resolved.product or "block_mask" in inspect.signature(lowering.backward).parameters:
         return lowering

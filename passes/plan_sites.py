@@ -10,12 +10,14 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass
 
+import torch
+
 from fpscompile import cpp_build
 from fpscompile.errors import OptionError, UnsupportedError
 from fpscompile.gpu.call import has_fp8_tensor_cores
 from fpscompile.ir import AttentionSite
 from fpscompile.kernel_spec import tile_slots
-from fpscompile.lowerings import cpp, triton
+from fpscompile.lowerings import cpp, gathers_gradients, triton
 from fpscompile.masks import apart
 from fpscompile.overrides import stacked
 from fpscompile.passes.base import GraphState, fake_tensor, size_of
@@ -43,6 +45,7 @@ class PlanSites:
             resolved = resolved_plan(site, plan)
             _note_clamps(state, plan, resolved)
             _note_apart(state, plan, resolved)
+            _note_gradients(state, site, plan)
             state.plans[site.node] = plan
         return False
 
@@ -182,6 +185,18 @@ def _note_clamps(state: GraphState, plan: Plan, resolved: ResolvedPlan) -> None:
                 f"grid {resolved.q_layout.grid} with tile {plan.tile} has no window of density "
                 f"{asked:.2f}; its sparsest, {density:.3f}, is used",
             )
+
+
+def _note_gradients(state: GraphState, site: AttentionSite, plan: Plan) -> None:
+    operands = [fake_tensor(tensor) for tensor in site.node.args[:3]]
+    trained = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in operands)
+    if trained and gathers_gradients(plan):
+        state.note(
+            "info",
+            "gradients",
+            f"gradients of FP8 attention with remainder={plan.remainder!r} come from lowering 'gather', which is "
+            f"slower than {plan.lowering!r}: train with quant='none' or remainder='none', or accept it",
+        )
 
 
 def _note_apart(state: GraphState, plan: Plan, resolved: ResolvedPlan) -> None:

@@ -255,3 +255,16 @@ def test_training_through_the_op():
         grads[lowering] = [p.grad for p in model.parameters() if p.grad is not None]
     for got, want in zip(grads["boxes"], grads["reference"], strict=True):
         torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-9)
+
+
+@pytest.mark.parametrize("trained", [False, True])
+def test_gradients_that_another_lowering_computes_are_on_record(trained):
+    torch._dynamo.reset()
+    model, inputs = wan(layers=1, attention_head_dim=32), ZOO["wan"].inputs(dtype=torch.float32)
+    options = {"window": (1, 1, 1), "tile": (2, 2, 4), "inner": "eager", "remainder": "means", "quant": "fp8"}
+    fps = Backend(Settings.from_options(options | {"lowering": "cpp"}))
+    with torch.set_grad_enabled(trained):
+        output(torch.compile(model, backend=fps), **inputs)
+    notes = [note.message for note in fps.graphs[0].notes if note.code == "gradients"]
+    assert len(notes) == trained
+    assert all("come from lowering 'gather', which is slower than 'cpp'" in note for note in notes)

@@ -26,7 +26,7 @@ from typing import Any, Protocol, cast
 import torch
 
 from fpscompile.errors import UnsupportedError
-from fpscompile.plan import ResolvedPlan
+from fpscompile.plan import Plan, ResolvedPlan
 
 REGISTRY = {
     "boxes": "fpscompile.lowerings.boxes",
@@ -110,6 +110,12 @@ def backward(
     whole: dict[str, Any] = {"whole": True} if lowering is get("gather") else {}
     grads = lowering.backward(grad_out, q, k, v, out, lse, **call, **whole)
     return remainder.add_gradients(grads, grad_out, q, k, v, out, lse, **call)
+
+
+def gathers_gradients(plan: Plan) -> bool:
+    """Whether gradients come from ``gather`` although another lowering computes the output: the generated kernels' FP8
+    backwards do not take an output that covers more than their own tiles."""
+    return plan.remainder != "none" and plan.quant == "fp8" and plan.lowering in ("cpp", "triton")
 
 
 def _added(lowering: Lowering, resolved: ResolvedPlan) -> bool:
