@@ -411,16 +411,16 @@ def run_times(names: list[str], options: dict[str, Any]) -> None:
         case = video_case(**VIDEO[name], consumers=options.get("consumers"))
         emit(kind="check", case=name, **check(kernel, case, options, 8))
         out, lse = case.outputs()
-        for ragged in [True, False] if int(case.tables.keys.valid.min()) == case.tables.unit else [True]:
+        for padding in [None, 0] if int(case.tables.keys.valid.min()) == case.tables.unit else [None]:
 
-            def run(case: Case = case, out: Any = out, lse: Any = lse, ragged: bool = ragged) -> None:
-                case.launch(kernel, out, lse, {"ragged": ragged, **options})
+            def run(case: Case = case, out: Any = out, lse: Any = lse, padding: int | None = padding) -> None:
+                case.launch(kernel, out, lse, {"padding": padding, **options})
 
             ms = milliseconds(run)
             heads = case.packed.q.shape[1]
             dense = 2.0 * (case.dim + case.value_dim) * heads * case.length**2
             emit(
-                kind="time", case=name + ("" if ragged else ", no mask"), ms=ms,
+                kind="time", case=name + ("" if padding is None else ", no mask"), ms=ms,
                 tflops_blocks=case.flops(tokens=False) / ms / 1e9, tflops_tokens=case.flops(tokens=True) / ms / 1e9,
                 density=case.flops(tokens=True) / dense, heads=heads, tokens=case.length,
             )  # fmt: skip
@@ -488,10 +488,7 @@ def in_process(arguments: list[str], timeout: float) -> tuple[list[dict[str, Any
 
 
 def check_jobs() -> list[dict[str, Any]]:
-    schedules = [
-        {"overlap": overlap, "pingpong": pingpong} for overlap, pingpong in itertools.product((False, True), repeat=2)
-    ]
-    jobs = [{"part": "checks", "cases": ["base"], "options": schedule} for schedule in schedules]
+    jobs = [{"part": "checks", "cases": ["base"], "options": {"overlap": overlap}} for overlap in (False, True)]
     jobs += [{"part": "checks", "cases": [name], "options": {}} for name in SMALL if name != "base"]
     jobs += [{"part": "checks", "cases": [name], "options": {"overlap": False}} for name in ("bias", "tiles of 64")]
     return jobs
@@ -503,12 +500,12 @@ def time_jobs(quick: bool) -> list[dict[str, Any]]:
     else:
         base = list(VIDEO)[:4]
         runs = [
-            (base, {"overlap": overlap, "pingpong": pingpong, "stages": stages})
-            for overlap, pingpong, stages in itertools.product((False, True), (False, True), (4, 3))
+            (base, {"overlap": overlap, "stages": stages})
+            for overlap, stages in itertools.product((False, True), (4, 3))
         ]
         runs += [(["window 3x5x5"], {"consumers": 1}), (["bias", "subtile"], {})]
         runs += [(["D=64", "D=64, dense", "D=64, tiles of 384"], {"consumers": n}) for n in (2, 1)]
-        runs += [(["D=64, tiles of 384"], {"consumers": 3}), (["D=64"], {"pingpong": True, "stages": 6})]
+        runs += [(["D=64, tiles of 384"], {"consumers": 3}), (["D=64"], {"stages": 6})]
         runs += [(["tiles of 64"], {}), (["tiles of 64"], {"programs": 1, "stages": 4})]
     return [{"part": "times", "cases": cases, "options": options} for cases, options in runs]
 

@@ -100,7 +100,7 @@ def shared_bytes(config: KernelConfig, spec: KernelSpec) -> int:
         one = spec.block_n * max(dp, dvp) * item
         return max(one, p) if spec.target.startswith("hip:") else q + one + p + 2048
     if config.variant == "hopper":
-        return rows * (dp + 128) + max(config.num_stages, 2) * keys + 1024
+        return rows * (dp + 128) + max(config.num_stages, 3) * keys + 1024
     # A unit's index is loaded a step before its keys, whose tokens (unquantized) before their rows.
     deep = (config.num_stages - 1) // 2
     ahead = 16 if config.num_stages > 3 else 0  # indices that wait in shared memory, with Triton 3.7
@@ -134,8 +134,8 @@ def _why_invalid_hopper(config: KernelConfig, spec: KernelSpec) -> str | None:
         return f"block_m={config.block_m}: one to three times 64 rows must divide the {slots} slots of a tile"
     if rows == 192 and max(spec.head_dim, spec.value_dim) > 64:
         return "block_m=192 has no registers for more than 64 features"
-    if config.num_warps != 4 or config.num_stages == 1 or not 0 <= config.num_stages <= 8:
-        return f"variant='hopper' wants num_warps=4 and num_stages=0 or 2 to 8, not {config.num_warps} and " + str(
+    if config.num_warps != 4 or config.num_stages not in (0, *range(3, 9)):
+        return f"variant='hopper' wants num_warps=4 and num_stages=0 or 3 to 8, not {config.num_warps} and " + str(
             config.num_stages
         )
     shared, limit = shared_bytes(config, spec), shared_limit(spec.target) // (2 if rows <= 64 else 1)

@@ -200,6 +200,7 @@ def _hopper_artifacts(spec: KernelSpec, config: KernelConfig) -> Artifacts:
         empty(torch.float32, 1, heads, LENGTH),
         spec.head_dim**-0.5,
         bias=bias if spec.key_mask != "none" else None,
+        padding=_tables(spec).keys.padding,
         p_shift=math.log2(spec.p_scale),
         consumers=-(-config.block_m // 64),
         stages=config.num_stages or None,

@@ -31,8 +31,8 @@ class Units:
     """int32 [phases, 1 | heads, tiles, capacity]: ascending; entries past the count are 0."""
     valid: torch.Tensor
     """int32 [units]: tokens in each unit; they are its first slots."""
-    ragged: bool
-    """Whether some listed unit has fewer tokens than slots."""
+    padding: int
+    """Most slots without a token that a unit with tokens has."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -148,5 +148,5 @@ def _units(visible: torch.Tensor, layout: TileLayout, slots: int, unit: int, dev
         count=lists.kv_num_blocks.to(device),
         index=lists.kv_indices.to(device),
         valid=valid.to(device, torch.int32),
-        ragged=bool(((valid > 0) & (valid < unit)).any()),
+        padding=int((unit - valid[valid > 0]).max()) if bool((valid > 0).any()) else 0,
     )

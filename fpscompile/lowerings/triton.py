@@ -10,6 +10,7 @@ slow, and meant for tests and readers.
 
 from __future__ import annotations
 
+import functools
 import math
 from dataclasses import dataclass
 
@@ -19,7 +20,7 @@ from fpscompile.errors import UnsupportedError
 from fpscompile.gpu import gradients, operands, render
 from fpscompile.gpu.binary import refuse_damaged
 from fpscompile.gpu.call import head_strides, launching, phase_tensor, spec_of, why_not
-from fpscompile.gpu.config import KernelConfig, default_config, padded, why_invalid
+from fpscompile.gpu.config import KernelConfig, default_config, padded, rows_of, why_invalid
 from fpscompile.gpu.tables import Tables, tables_of
 from fpscompile.kernel_spec import KernelSpec
 from fpscompile.masks import BlockMask
@@ -67,7 +68,7 @@ def forward(
         return out.zero_().transpose(1, 2), lse.fill_(float("-inf"))
     phase = phase_tensor(phases, q.device)
     tables = tables_of(resolved, q.device, block_mask)
-    pieces = _pieces(q, k, phase, spec, tables, resolved)
+    pieces = _pieces(q, k, phase, spec, tables, resolved, config)
     statistics = None
     if len(pieces) > 1:  # the heads of a piece are too few programs for a GPU's memory to be busy with
         with launching(q.device):
@@ -121,7 +122,13 @@ class _Piece:
 
 
 def _pieces(
-    q: torch.Tensor, k: torch.Tensor, phase: torch.Tensor, spec: KernelSpec, tables: Tables, resolved: ResolvedPlan
+    q: torch.Tensor,
+    k: torch.Tensor,
+    phase: torch.Tensor,
+    spec: KernelSpec,
+    tables: Tables,
+    resolved: ResolvedPlan,
+    config: KernelConfig,
 ) -> tuple[_Piece, ...]:
     """Some heads of a large call at a time, so that only their FP8 copies exist beside q, k, v and the output.
 
@@ -140,10 +147,37 @@ def _pieces(
         if batch > 1:
             return tuple(_Piece(slice(b, b + 1), whole, whole, per_sample) for b in range(batch))
         if not all_heads:
-            each = -(-key_heads // min(key_heads, -(-size // PIECE_BYTES)))
+            programs = group * len(tables.query_blocks(rows_of(config, spec)))
+            each = _heads_of_piece(
+                key_heads, max(1, PIECE_BYTES * key_heads // size), programs, _at_once(config, q.device)
+            )
             parts = (slice(first, min(first + each, key_heads)) for first in range(0, key_heads, each))
             return tuple(_Piece(whole, slice(x.start * group, x.stop * group), x, per_sample) for x in parts)
     return (_Piece(whole, whole, whole, per_sample),)
+
+
+def _heads_of_piece(heads: int, most: int, programs: int, at_once: int) -> int:
+    """Heads per piece: as few pieces of at most ``most`` heads as possible, and of those divisions the one with the
+    fewest rounds of ``at_once`` programs, since each piece ends with a round that is not full.
+
+    >>> _heads_of_piece(40, 11, 600, 132), _heads_of_piece(40, 11, 600, 1)
+    (11, 10)
+    """
+    even = -(-heads // -(-heads // min(most, heads)))
+
+    def rounds(each: int) -> int:
+        return heads // each * -(-each * programs // at_once) + -(-(heads % each) * programs // at_once)
+
+    return min(range(even, max(even, min(most, heads)) + 1), key=rounds)
+
+
+@functools.lru_cache(maxsize=256)
+def _at_once(config: KernelConfig, device: torch.device) -> int:
+    """Programs that a GPU runs side by side; 1 where that is not known without the binary."""
+    if config.variant != "hopper" or device.type != "cuda":
+        return 1
+    each = 2 if config.block_m <= 64 else 1
+    return each * torch.cuda.get_device_properties(device).multi_processor_count
 
 
 def _attend(
@@ -173,7 +207,7 @@ def _attend(
             module = render.load("attention_hopper", spec, config)
             compiled = module.launch(
                 packed, tables, tables.query_blocks(config.block_m), phase, out, lse,
-                scale, bias=bias, block_n=spec.block_n, p_shift=math.log2(spec.p_scale), ragged=tables.keys.ragged,
+                scale, bias=bias, block_n=spec.block_n, p_shift=math.log2(spec.p_scale), padding=tables.keys.padding,
                 consumers=-(-config.block_m // 64), stages=config.num_stages or None,
             )  # fmt: skip
             refuse_damaged(compiled)

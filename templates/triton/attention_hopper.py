@@ -11,11 +11,12 @@ A consumer handles block j of its list so (* goes on in the background; with OVE
 
     S_j = Q K_j^T *                   the tensor cores take both products, in this order
     pv  = P_{j-1} V_{j-1} *
-    m_j, P_j = softmax(S_j)           while pv is still running
+    wait for K_{j+1}, then for S_j
+    m_j, upper rows of P_j            while pv is still running
+    wait for V_j, then for pv; K_{j-1} and V_{j-1} are free
+    lower rows of P_j                 what follows runs between its exponentials, which are what takes the time
     acc = acc * alpha_{j-1} + pv      float32; every product starts from zero, since FP8 products keep about 14 bits
     P_j to E4M3                       registers only: the keys of V are stored in the order in which S comes out
-
-With PINGPONG the two consumers take turns at issuing products, so that one's softmax runs under the other's products.
 
 Symbols
     H, Hk       query heads, key heads                    BLOCK_N  key slots per block
@@ -23,6 +24,7 @@ Symbols
     UNIT        slots that one list entry names           P_SHIFT  log2 of the factor on P before its cast
     PART        columns of a block that share a unit and a scale; PART == BLOCK_N: one factor for the whole block
     RUNS        scales of a tile: 1, or one for each 32 slots
+    PADDED      last columns of a block that may hold no key: 0, 16 or all
     q_slots, k_slots, q_tiles, k_tiles                    of the whole sequences
     m, l        running maximum of the scores (base 2) and sum of the weights; acc: weighted sum of values
 """
@@ -65,50 +67,50 @@ def _next_slot(slot, phase, STAGES: gl.constexpr):
 
 
 @gluon.jit
+def _load_keys(desc, bar, smem, slot, unit_list, block, last, row, ENTRIES: gl.constexpr, UNIT: gl.constexpr):
+    """The units of a block of K; past the list's end the last one comes again: masked, but it must hold numbers, since
+    0 * nan = nan."""
+    for e in gl.static_range(ENTRIES):
+        unit = gl.load(unit_list + gl.minimum(block * ENTRIES + e, last))
+        tma.async_copy_global_to_shared(desc, [row + unit * UNIT, 0], bar, smem.index(slot * ENTRIES + e))
+
+
+@gluon.jit
+def _load_values(desc, bar, smem, slot, unit_list, block, last, row, ENTRIES: gl.constexpr, UNIT: gl.constexpr):
+    """The same of V."""
+    for e in gl.static_range(ENTRIES):
+        unit = gl.load(unit_list + gl.minimum(block * ENTRIES + e, last))
+        tma.async_copy_global_to_shared(desc, [row, unit * UNIT], bar, smem.index(slot * ENTRIES + e))
+
+
+@gluon.jit
 def _producer(
     q_desc, k_desc, v_desc, shared, unit_list, n_units, q_row, k_row, v_row,
     STAGES: gl.constexpr, UNIT: gl.constexpr, BLOCK_N: gl.constexpr, CONSUMERS: gl.constexpr,
 ):  # fmt: skip
     ENTRIES: gl.constexpr = BLOCK_N // UNIT
-    q_smem, k_smem, v_smem, q_full, k_full, v_full, free, _turn = shared
+    q_smem, k_smem, v_smem, q_full, k_full, v_full, free = shared
+    if ENTRIES > 1:
+        # A swizzled row of V is as long as a unit: a slot holds its units one after the other, as K's slot does.
+        k_smem = k_smem._reinterpret(k_desc.dtype, [STAGES * ENTRIES, UNIT, k_smem.shape[2]], k_desc.layout)
+        v_smem = v_smem._reinterpret(v_desc.dtype, [STAGES * ENTRIES, v_smem.shape[1], UNIT], v_desc.layout)
     if n_units > 0:  # else the program would end with a load under way
+        last = n_units - 1
+        blocks = gl.cdiv(n_units, ENTRIES)
         mbarrier.expect(q_full, CONSUMERS * q_desc.block_type.nbytes)
         for w in gl.static_range(CONSUMERS):
             tma.async_copy_global_to_shared(q_desc, [q_row + w * ROWS, 0], q_full, q_smem.index(w))
         slot = 0
         phase = 1  # a fresh barrier passes for one that has completed the phase before its first
-        last = n_units - 1
-        if ENTRIES == 1:
-            unit = gl.load(unit_list)
-            for j in range(n_units):
-                following = gl.load(unit_list + gl.minimum(j + 1, last))
-                mbarrier.wait(free.index(slot), phase)
-                k_bar = k_full.index(slot)
-                mbarrier.expect(k_bar, k_desc.block_type.nbytes)
-                tma.async_copy_global_to_shared(k_desc, [k_row + unit * UNIT, 0], k_bar, k_smem.index(slot))
-                v_bar = v_full.index(slot)
-                mbarrier.expect(v_bar, v_desc.block_type.nbytes)
-                tma.async_copy_global_to_shared(v_desc, [v_row, unit * UNIT], v_bar, v_smem.index(slot))
-                slot, phase = _next_slot(slot, phase, STAGES)
-                unit = following
-        else:
-            # A swizzled row of V is as long as a unit: a slot holds its units one after the other, as K's slot does.
-            k_units = k_smem._reinterpret(k_desc.dtype, [STAGES * ENTRIES, UNIT, k_smem.shape[2]], k_desc.layout)
-            v_units = v_smem._reinterpret(v_desc.dtype, [STAGES * ENTRIES, v_smem.shape[1], UNIT], v_desc.layout)
-            for j in range(gl.cdiv(n_units, ENTRIES)):
-                # Past the list's end the last unit comes again: masked, but it must hold numbers, since 0 * nan = nan.
-                mbarrier.wait(free.index(slot), phase)
-                k_bar = k_full.index(slot)
-                mbarrier.expect(k_bar, ENTRIES * k_desc.block_type.nbytes)
-                for e in gl.static_range(ENTRIES):
-                    row = k_row + gl.load(unit_list + gl.minimum(j * ENTRIES + e, last)) * UNIT
-                    tma.async_copy_global_to_shared(k_desc, [row, 0], k_bar, k_units.index(slot * ENTRIES + e))
-                v_bar = v_full.index(slot)
-                mbarrier.expect(v_bar, ENTRIES * v_desc.block_type.nbytes)
-                for e in gl.static_range(ENTRIES):
-                    column = gl.load(unit_list + gl.minimum(j * ENTRIES + e, last)) * UNIT
-                    tma.async_copy_global_to_shared(v_desc, [v_row, column], v_bar, v_units.index(slot * ENTRIES + e))
-                slot, phase = _next_slot(slot, phase, STAGES)
+        for j in range(blocks):
+            mbarrier.wait(free.index(slot), phase)
+            mbarrier.expect(k_full.index(slot), ENTRIES * k_desc.block_type.nbytes)
+            _load_keys(k_desc, k_full.index(slot), k_smem, slot, unit_list, j, last, k_row, ENTRIES, UNIT)
+            mbarrier.expect(v_full.index(slot), ENTRIES * v_desc.block_type.nbytes)
+            _load_values(v_desc, v_full.index(slot), v_smem, slot, unit_list, j, last, v_row, ENTRIES, UNIT)
+            slot, phase = _next_slot(slot, phase, STAGES)
+        mbarrier.wait(free.index(slot), phase)
+        mbarrier.arrive(k_full.index(slot), count=1)  # consumers wait for a block more than there is
 
 
 # -------------------------------------------------------------------------------------------------- one block of keys
@@ -138,13 +140,25 @@ def _start_values(packed, v, O_LAYOUT: gl.constexpr, BLOCK_N: gl.constexpr, DVP:
 
 
 @gluon.jit
-def _pack(p, BLOCK_N: gl.constexpr):
-    """E4M3 weights, four to an int32: [ROWS, BLOCK_N] float32 -> [ROWS, BLOCK_N // 16, 4].
+def _row_halves(x):
+    """[ROWS, n] -> [4, 8, n] twice: a thread has an upper and a lower row, 8 apart, of the 16 of its warp."""
+    return gl.split(gl.permute(gl.reshape(x, [4, 2, 8, x.shape[1]]), [0, 2, 3, 1]))
+
+
+@gluon.jit
+def _whole_rows(upper, lower):
+    """The inverse of :func:`_row_halves` for [4, 8, n, 4]: [ROWS, n, 4]."""
+    return gl.reshape(gl.permute(gl.join(upper, lower), [0, 4, 1, 2, 3]), [ROWS, upper.shape[2], 4])
+
+
+@gluon.jit
+def _pack(p):
+    """E4M3 weights, four to an int32: [4, 8, n] float32 -> [4, 8, n // 16, 4].
 
     Key 16g + 8a + 2c + b goes to byte 2a + b of element (g, c), whose thread holds it already. Loops carry integers,
     since a carried E4M3 tensor would be taken apart into bytes.
     """
-    p = gl.permute(gl.reshape(p, [ROWS, BLOCK_N // 16, 2, 4, 2]), [0, 1, 3, 4, 2])
+    p = gl.permute(gl.reshape(p, [4, 8, p.shape[2] // 16, 2, 4, 2]), [0, 1, 2, 4, 5, 3])
     low, high = gl.split(p)
     p00, p01 = gl.split(low)
     p10, p11 = gl.split(high)
@@ -239,9 +253,17 @@ def _row_maxima(s, S_LAYOUT: gl.constexpr, BLOCK_N: gl.constexpr, HALVES: gl.con
 
 
 @gluon.jit
-def _lane_sums(p, BLOCK_N: gl.constexpr):
-    """[ROWS, 4]: the part of each row's sum that a lane of its quad holds, so that no value leaves its thread."""
-    return gl.sum(gl.sum(gl.reshape(p, [ROWS, BLOCK_N // 8, 4, 2]), 3), 1)
+def _lane_sums(p):
+    """[4, 8, n] -> [4, 8, 4]: the part of each row's sum that a lane of its quad holds: no value leaves its thread."""
+    return gl.sum(gl.sum(gl.reshape(p, [4, 8, p.shape[2] // 8, 4, 2]), 4), 2)
+
+
+@gluon.jit
+def _add_sums(l, alpha, p):
+    """l * alpha + the lanes' sums of p."""
+    LAYOUT: gl.constexpr = l.type.layout
+    alpha = gl.convert_layout(alpha, gl.SliceLayout(2, LAYOUT), assert_trivial=True)
+    return l * gl.expand_dims(alpha, 2) + _lane_sums(p)
 
 
 @gluon.jit
@@ -290,9 +312,9 @@ def _max_parts(s, factor):
 @gluon.jit
 def _facts(
     unit, j, n_units, notes, q_factor, LAYOUT: gl.constexpr, BLOCK_N: gl.constexpr, UNIT: gl.constexpr,
-    PART: gl.constexpr, UNITS_PER_TILE: gl.constexpr, RAGGED: gl.constexpr, BIAS: gl.constexpr,
+    PART: gl.constexpr, UNITS_PER_TILE: gl.constexpr, PADDED: gl.constexpr, BIAS: gl.constexpr,
 ):  # fmt: skip
-    """(factor, valid) of block ``j``, as :func:`_softmax` takes them; ``unit`` is from :func:`_unit`."""
+    """(factor, valid) of block ``j``, as :func:`_exponents` takes them; ``unit`` is from :func:`_unit`."""
     k_scale, unit_valid, bias_state, _key_bias = notes
     if PART == BLOCK_N:
         factor = q_factor * gl.load(k_scale + unit // UNITS_PER_TILE)
@@ -307,7 +329,7 @@ def _facts(
             valid = gl.where(entry < n_units, gl.load(unit_valid + unit), 0)
     elif BIAS:
         valid = gl.load(bias_state + unit)
-    elif RAGGED:
+    elif PADDED > 0:
         valid = gl.load(unit_valid + unit)
     else:
         valid = BLOCK_N
@@ -325,30 +347,32 @@ def _unit(unit_list, j, last, LAYOUT: gl.constexpr, BLOCK_N: gl.constexpr, UNIT:
 
 
 @gluon.jit
-def _softmax(
-    s, m, l, factor, valid, unit, notes, S_LAYOUT: gl.constexpr, BLOCK_N: gl.constexpr, UNIT: gl.constexpr,
-    PART: gl.constexpr, P_SHIFT: gl.constexpr, RAGGED: gl.constexpr, BIAS: gl.constexpr, HALVES: gl.constexpr,
+def _exponents(
+    s, m, factor, valid, unit, notes, S_LAYOUT: gl.constexpr, BLOCK_N: gl.constexpr, UNIT: gl.constexpr,
+    PART: gl.constexpr, P_SHIFT: gl.constexpr, PADDED: gl.constexpr, BIAS: gl.constexpr, HALVES: gl.constexpr,
 ):  # fmt: skip
-    """One step of the online softmax.
+    """One step of the online softmax, up to its exponentials.
 
     Args:
         s: [ROWS, BLOCK_N] float32, q8 @ k8^T.
         m: [ROWS] running maximum.
-        l: [ROWS, 4] running sums of the weights times 2^P_SHIFT, per lane.
         factor: scale * q_scale * k_scale * log2(e): a number, or [ROWS | 1, parts, 1, 1, 1].
         valid: keys of the block that exist, at least one; with BIAS, 0 if its bias is all zeros. Where a block has
             several units: this for each part, [1, parts, 1, 1, 1], and 0 or ABSENT past the end of the list.
         unit: the block's unit, or those of its parts; used with BIAS.
 
     Returns:
-        The weights times 2^P_SHIFT (float32), m, l, and what earlier accumulations must be multiplied by, [ROWS].
+        The logarithms (base 2) of the weights times 2^P_SHIFT, [ROWS, BLOCK_N] float32; m; and what earlier
+        accumulations must be multiplied by, [ROWS].
     """
     key_bias = notes[3]
     if PART == BLOCK_N:
         if BIAS:
             if valid != 0:
                 s = _add_bias(s, key_bias, unit, LOG2E / factor, S_LAYOUT, BLOCK_N)
-        elif RAGGED:
+        elif PADDED == 16:  # a dozen instructions, and no branch
+            s = _mask_tail(s, valid, S_LAYOUT, BLOCK_N)
+        elif PADDED > 0:
             if valid < BLOCK_N:
                 if valid >= BLOCK_N - 16:
                     s = _mask_tail(s, valid, S_LAYOUT, BLOCK_N)
@@ -367,7 +391,7 @@ def _softmax(
         elif BIAS:
             if valid != 0:
                 s = _bias_parts(s, key_bias, unit, valid, factor, BLOCK_N, PART, UNIT)
-        elif RAGGED:
+        elif PADDED > 0:
             if valid < BLOCK_N:
                 s = _mask_parts(s, valid, PART, UNIT)
         top = gl.convert_layout(_max_parts(s, factor), m.type.layout, assert_trivial=True)
@@ -377,14 +401,12 @@ def _softmax(
         base = gl.where(m_new == float("-inf"), 0.0, m_new)
     alpha = gl.exp2(m - base)
     if PART == BLOCK_N:
-        p = gl.exp2(s * factor - (base - P_SHIFT)[:, None])
+        logs = s * factor - (base - P_SHIFT)[:, None]
     else:
         shift = gl.convert_layout(base - P_SHIFT, _axis_layout(0, s.type.layout, 5), assert_trivial=True)
-        p = gl.exp2(s * factor - _along(shift, 0, 5))
-        p = gl.convert_layout(gl.reshape(p, [ROWS, BLOCK_N]), S_LAYOUT, assert_trivial=True)
-    part = _lane_sums(p, BLOCK_N)
-    l_alpha = gl.convert_layout(alpha, gl.SliceLayout(1, part.type.layout), assert_trivial=True)
-    return p, m_new, l * gl.expand_dims(l_alpha, 1) + part, alpha
+        logs = gl.reshape(s * factor - _along(shift, 0, 5), [ROWS, BLOCK_N])
+        logs = gl.convert_layout(logs, S_LAYOUT, assert_trivial=True)
+    return logs, m_new, alpha
 
 
 @gluon.jit
@@ -400,17 +422,17 @@ def _add(acc, alpha, pv, O_LAYOUT: gl.constexpr):
 def _consumer(
     shared, operands, WHO: gl.constexpr, BLOCK_N: gl.constexpr, UNIT: gl.constexpr, PART: gl.constexpr,
     RUNS: gl.constexpr, DVP: gl.constexpr, DV: gl.constexpr, ALIGN: gl.constexpr, UNITS_PER_TILE: gl.constexpr,
-    P_SHIFT: gl.constexpr, RAGGED: gl.constexpr, BIAS: gl.constexpr, STAGES: gl.constexpr, OVERLAP: gl.constexpr,
-    PINGPONG: gl.constexpr,
+    P_SHIFT: gl.constexpr, PADDED: gl.constexpr, BIAS: gl.constexpr, STAGES: gl.constexpr, OVERLAP: gl.constexpr,
 ):  # fmt: skip
-    q_smem, k_smem, v_smem, q_full, k_full, v_full, free, turn = shared
+    q_smem, k_smem, v_smem, q_full, k_full, v_full, free = shared
     unit_list, n_units, notes, q_scale, q_factor, outputs = operands
     v_scale, v_mean, lse_shift, q_token, rows, out, out_stride, lse = outputs
     S_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, 32])
     O_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, DVP, 32])
     q = q_smem.index(WHO)
     m = gl.full([ROWS], float("-inf"), gl.float32, gl.SliceLayout(1, S_LAYOUT))
-    l = _lane_sums(gl.zeros([ROWS, BLOCK_N], gl.float32, S_LAYOUT), BLOCK_N)
+    upper, lower = _row_halves(gl.zeros([ROWS, BLOCK_N], gl.float32, S_LAYOUT))
+    l_upper, l_lower = _lane_sums(upper), _lane_sums(lower)  # running sums of the weights times 2^P_SHIFT
     acc = gl.zeros([ROWS, DVP], gl.float32, O_LAYOUT)
     HALVES: gl.constexpr = DVP <= 64  # with 128 features a GPU at its power limit loses 2 % by it
     PARTS: gl.constexpr = _in_parts(gl.zeros([ROWS, BLOCK_N], gl.float32, S_LAYOUT), BLOCK_N, PART).type.layout
@@ -420,72 +442,74 @@ def _consumer(
             row_factor = q_factor
         else:
             row_factor = q_factor * gl.load(q_scale + (WHO * ROWS + _axis(ROWS, 0, PARTS, 5)) // SUBTILE)
-        # A block's unit is read two blocks ahead, what belongs to the unit at the start of the block.
+        # A block's unit is read a block ahead, what belongs to the unit when its products have started.
         blocks = gl.cdiv(n_units, BLOCK_N // UNIT)
         last = n_units - 1
         unit = _unit(unit_list, 0, last, PARTS, BLOCK_N, UNIT, PART)
         next_unit = _unit(unit_list, 1, last, PARTS, BLOCK_N, UNIT, PART)
         factor, valid = _facts(
-            unit, 0, n_units, notes, row_factor, PARTS, BLOCK_N, UNIT, PART, UNITS_PER_TILE, RAGGED, BIAS
+            unit, 0, n_units, notes, row_factor, PARTS, BLOCK_N, UNIT, PART, UNITS_PER_TILE, PADDED, BIAS
         )  # fmt: skip
 
         mbarrier.wait(q_full, 0)
         mbarrier.wait(k_full.index(0), 0)
-        if PINGPONG:
-            mbarrier.wait(turn.index(WHO), 0)
         s = _start_scores(q, k_smem.index(0), S_LAYOUT, BLOCK_N)
-        if PINGPONG:
-            mbarrier.arrive(turn.index(1 - WHO), count=1)
+        next_slot, next_phase = _next_slot(0, 0, STAGES)
+        mbarrier.wait(k_full.index(next_slot), next_phase)
         s = warpgroup_mma_wait(0, deps=(s,))
-        p, m, l, alpha = _softmax(
-            s, m, l, factor, valid, unit, notes, S_LAYOUT, BLOCK_N, UNIT, PART, P_SHIFT, RAGGED, BIAS, HALVES
+        logs, m, alpha = _exponents(
+            s, m, factor, valid, unit, notes, S_LAYOUT, BLOCK_N, UNIT, PART, P_SHIFT, PADDED, BIAS, HALVES
         )  # fmt: skip
-        packed = _pack(p, BLOCK_N)
+        upper, lower = _row_halves(gl.exp2(logs))
+        l_upper, l_lower = _lane_sums(upper), _lane_sums(lower)
+        packed = _whole_rows(_pack(upper), _pack(lower))
         mbarrier.wait(v_full.index(0), 0)
-
-        # Here V_{j-1} is in v_slot, loaded; K_j is expected in k_slot.
         v_slot = 0
-        k_slot, k_phase = _next_slot(0, 0, STAGES)
-        turn_phase = 1
-        for j in range(1, blocks):
-            unit = next_unit
-            factor, valid = _facts(
-                unit, j, n_units, notes, row_factor, PARTS, BLOCK_N, UNIT, PART, UNITS_PER_TILE, RAGGED, BIAS
-            )  # fmt: skip
-            next_unit = _unit(unit_list, j + 1, last, PARTS, BLOCK_N, UNIT, PART)
-            if not OVERLAP:
+        k_slot, phase = next_slot, next_phase
+
+        for j in range(1, blocks):  # V_{j-1} is in v_slot and K_j in k_slot
+            if OVERLAP:
+                s = _start_scores(q, k_smem.index(k_slot), S_LAYOUT, BLOCK_N)
+                pv = _start_values(packed, v_smem.index(v_slot), O_LAYOUT, BLOCK_N, DVP)
+            else:
                 pv = _start_values(packed, v_smem.index(v_slot), O_LAYOUT, BLOCK_N, DVP)
                 acc = _add(acc, alpha, warpgroup_mma_wait(0, deps=(pv,)), O_LAYOUT)
-                mbarrier.arrive(free.index(v_slot), count=1)
-            mbarrier.wait(k_full.index(k_slot), k_phase)
-            if PINGPONG:
-                mbarrier.wait(turn.index(WHO), turn_phase)
-            s = _start_scores(q, k_smem.index(k_slot), S_LAYOUT, BLOCK_N)
-            if OVERLAP:
-                pv = _start_values(packed, v_smem.index(v_slot), O_LAYOUT, BLOCK_N, DVP)
-            if PINGPONG:
-                mbarrier.arrive(turn.index(1 - WHO), count=1)
-            s = warpgroup_mma_wait(1 if OVERLAP else 0, deps=(s,))
-            next_alpha = alpha
-            p, m, l, alpha = _softmax(
-                s, m, l, factor, valid, unit, notes, S_LAYOUT, BLOCK_N, UNIT, PART, P_SHIFT, RAGGED, BIAS, HALVES
+                s = _start_scores(q, k_smem.index(k_slot), S_LAYOUT, BLOCK_N)
+            unit = next_unit
+            factor, valid = _facts(
+                unit, j, n_units, notes, row_factor, PARTS, BLOCK_N, UNIT, PART, UNITS_PER_TILE, PADDED, BIAS
             )  # fmt: skip
-            # For the next block; here because its branch keeps the assembler from moving the wait for pv, and all that
-            # follows it, up into the softmax.
-            mbarrier.wait(v_full.index(k_slot), k_phase)
+            next_unit = _unit(unit_list, j + 1, last, PARTS, BLOCK_N, UNIT, PART)
+            # The next block's keys are waited for here, where there is time, and not before its products.
+            next_slot, next_phase = _next_slot(k_slot, phase, STAGES)
+            mbarrier.wait(k_full.index(next_slot), next_phase)
+            s = warpgroup_mma_wait(1 if OVERLAP else 0, deps=(s,))
+            last_alpha = alpha
+            logs, m, alpha = _exponents(
+                s, m, factor, valid, unit, notes, S_LAYOUT, BLOCK_N, UNIT, PART, P_SHIFT, PADDED, BIAS, HALVES
+            )  # fmt: skip
+            upper, lower = _row_halves(logs)
+            alpha_upper, alpha_lower = gl.split(gl.permute(gl.reshape(alpha, [4, 2, 8]), [0, 2, 1]))
+            upper = gl.exp2(upper)
+            l_upper = _add_sums(l_upper, alpha_upper, upper)
+            # This wait, long over, is a branch: it keeps the assembler from moving the wait for pv up to the maxima.
+            # What comes after it fills the slots that the exponentials of the lower rows leave, 7 in 8.
+            mbarrier.wait(v_full.index(k_slot), phase)
             if OVERLAP:
-                acc = _add(acc, next_alpha, warpgroup_mma_wait(0, deps=(pv,)), O_LAYOUT)
-                mbarrier.arrive(free.index(v_slot), count=1)
-            packed = _pack(p, BLOCK_N)
+                acc = _add(acc, last_alpha, warpgroup_mma_wait(0, deps=(pv,)), O_LAYOUT)
+            mbarrier.arrive(free.index(v_slot), count=1)
+            lower = gl.exp2(lower)
+            l_lower = _add_sums(l_lower, alpha_lower, lower)
+            packed = _whole_rows(_pack(upper), _pack(lower))
             v_slot = k_slot
-            k_slot, k_phase = _next_slot(k_slot, k_phase, STAGES)
-            turn_phase ^= 1
+            k_slot, phase = next_slot, next_phase
 
         pv = _start_values(packed, v_smem.index(v_slot), O_LAYOUT, BLOCK_N, DVP)
         acc = _add(acc, alpha, warpgroup_mma_wait(0, deps=(pv,)), O_LAYOUT)
 
     # Normalise. A row that has met a key has a sum of at least 2^P_SHIFT.
-    total = gl.convert_layout(gl.sum(l, 1), gl.SliceLayout(1, S_LAYOUT))
+    total = gl.permute(gl.sum(gl.join(l_upper, l_lower), 2), [0, 2, 1])
+    total = gl.convert_layout(gl.reshape(total, [ROWS]), gl.SliceLayout(1, S_LAYOUT))
     empty = total == 0.0
     row = WHO * ROWS + gl.arange(0, ROWS, gl.SliceLayout(1, S_LAYOUT))
     inside = row < rows
@@ -534,8 +558,8 @@ def attention_forward(
     out_stride_batch, out_stride_head, out_stride_token,
     GROUP: gl.constexpr, BLOCK_N: gl.constexpr, UNIT: gl.constexpr, TILE: gl.constexpr, RUNS: gl.constexpr,
     DP: gl.constexpr, DVP: gl.constexpr, DV: gl.constexpr, ALIGN: gl.constexpr, P_SHIFT: gl.constexpr,
-    RAGGED: gl.constexpr, CONSUMERS: gl.constexpr, STAGES: gl.constexpr, OVERLAP: gl.constexpr,
-    PINGPONG: gl.constexpr, CONSUMER_REGS: gl.constexpr, PRODUCER_REGS: gl.constexpr,
+    PADDED: gl.constexpr, CONSUMERS: gl.constexpr, STAGES: gl.constexpr, OVERLAP: gl.constexpr,
+    CONSUMER_REGS: gl.constexpr, PRODUCER_REGS: gl.constexpr,
 ):  # fmt: skip
     """Grid: (query blocks, H, B), so that the blocks of a head run side by side and share its K and V in the L2 cache.
 
@@ -570,15 +594,6 @@ def attention_forward(
     k_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     v_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     free = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    if PINGPONG:
-        turn = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
-        for i in gl.static_range(2):
-            mbarrier.init(turn.index(i), count=1)
-        mbarrier.arrive(turn.index(0), count=1)  # consumer 0 goes first
-    else:
-        # Nobody would wait at them, so the compiler would put what the roles are handed over in their place, which a
-        # late set-up of the barriers could overwrite.
-        turn = free
     mbarrier.init(q_full, count=1)
     for i in gl.static_range(STAGES):
         mbarrier.init(k_full.index(i), count=1)
@@ -600,7 +615,7 @@ def attention_forward(
     out += (batch.to(gl.int64) * out_stride_batch + head.to(gl.int64) * out_stride_head) * ALIGN
     lse += q_head.to(gl.int64) * q_length
     PER_TILE: gl.constexpr = TILE // UNIT
-    shared = (q_smem, k_smem, v_smem, q_full, k_full, v_full, free, turn)
+    shared = (q_smem, k_smem, v_smem, q_full, k_full, v_full, free)
     outputs = (v_scale, v_mean, lse_shift, q_token, rows, out, out_stride_token, lse)
     notes = (k_scale, unit_valid, bias_state, key_bias)
     operands = (unit_list, n_units, notes, q_scale, q_factor, outputs)
@@ -611,8 +626,8 @@ def attention_forward(
     if CONSUMERS == 1:
         gl.warp_specialize(
             [
-                (_consumer, (shared, operands, 0, BLOCK_N, UNIT, PART, RUNS, DVP, DV, ALIGN, PER_TILE, P_SHIFT, RAGGED,
-                             BIAS, STAGES, OVERLAP, PINGPONG)),
+                (_consumer, (shared, operands, 0, BLOCK_N, UNIT, PART, RUNS, DVP, DV, ALIGN, PER_TILE, P_SHIFT, PADDED,
+                             BIAS, STAGES, OVERLAP)),
                 (_producer, (q_desc, k_desc, v_desc, shared, unit_list, n_units, q_row, k_row, v_row, STAGES, UNIT,
                              BLOCK_N, CONSUMERS)),
             ],
@@ -622,10 +637,10 @@ def attention_forward(
     elif CONSUMERS == 2:
         gl.warp_specialize(
             [
-                (_consumer, (shared, operands, 0, BLOCK_N, UNIT, PART, RUNS, DVP, DV, ALIGN, PER_TILE, P_SHIFT, RAGGED,
-                             BIAS, STAGES, OVERLAP, PINGPONG)),
-                (_consumer, (shared, operands, 1, BLOCK_N, UNIT, PART, RUNS, DVP, DV, ALIGN, PER_TILE, P_SHIFT, RAGGED,
-                             BIAS, STAGES, OVERLAP, PINGPONG)),
+                (_consumer, (shared, operands, 0, BLOCK_N, UNIT, PART, RUNS, DVP, DV, ALIGN, PER_TILE, P_SHIFT, PADDED,
+                             BIAS, STAGES, OVERLAP)),
+                (_consumer, (shared, operands, 1, BLOCK_N, UNIT, PART, RUNS, DVP, DV, ALIGN, PER_TILE, P_SHIFT, PADDED,
+                             BIAS, STAGES, OVERLAP)),
                 (_producer, (q_desc, k_desc, v_desc, shared, unit_list, n_units, q_row, k_row, v_row, STAGES, UNIT,
                              BLOCK_N, CONSUMERS)),
             ],
@@ -635,12 +650,12 @@ def attention_forward(
     else:
         gl.warp_specialize(
             [
-                (_consumer, (shared, operands, 0, BLOCK_N, UNIT, PART, RUNS, DVP, DV, ALIGN, PER_TILE, P_SHIFT, RAGGED,
-                             BIAS, STAGES, OVERLAP, PINGPONG)),
-                (_consumer, (shared, operands, 1, BLOCK_N, UNIT, PART, RUNS, DVP, DV, ALIGN, PER_TILE, P_SHIFT, RAGGED,
-                             BIAS, STAGES, OVERLAP, PINGPONG)),
-                (_consumer, (shared, operands, 2, BLOCK_N, UNIT, PART, RUNS, DVP, DV, ALIGN, PER_TILE, P_SHIFT, RAGGED,
-                             BIAS, STAGES, OVERLAP, PINGPONG)),
+                (_consumer, (shared, operands, 0, BLOCK_N, UNIT, PART, RUNS, DVP, DV, ALIGN, PER_TILE, P_SHIFT, PADDED,
+                             BIAS, STAGES, OVERLAP)),
+                (_consumer, (shared, operands, 1, BLOCK_N, UNIT, PART, RUNS, DVP, DV, ALIGN, PER_TILE, P_SHIFT, PADDED,
+                             BIAS, STAGES, OVERLAP)),
+                (_consumer, (shared, operands, 2, BLOCK_N, UNIT, PART, RUNS, DVP, DV, ALIGN, PER_TILE, P_SHIFT, PADDED,
+                             BIAS, STAGES, OVERLAP)),
                 (_producer, (q_desc, k_desc, v_desc, shared, unit_list, n_units, q_row, k_row, v_row, STAGES, UNIT,
                              BLOCK_N, CONSUMERS)),
             ],
@@ -661,6 +676,9 @@ RESERVED_BYTES = 1024 + 1024
 """Of each program: what the driver takes, and the barriers."""
 
 REGISTERS = 65536
+
+FEWEST_STAGES = 3
+"""A consumer waits for the keys of the next block before it frees those of the last."""
 
 
 def why_not(spec: Any) -> str | None:
@@ -740,12 +758,11 @@ def launch(
     bias: Any = None,
     block_n: int = 128,
     p_shift: float = 8,
-    ragged: bool = True,
+    padding: int | None = None,
     consumers: int | None = None,
     programs: int | None = None,
     stages: int | None = None,
     overlap: bool | None = None,
-    pingpong: bool = False,
     consumer_regs: int | None = None,
     producer_regs: int = 24,
 ) -> Any:
@@ -771,12 +788,13 @@ def launch(
             contiguous. Or None.
         block_n: key slots per rounding block of P: 128.
         p_shift: log2 of the factor on P.
-        ragged: False promises that every unit is full (``valid == unit``), and leaves the mask out.
+        padding: no listed unit has more slots without a token than this; by default any number. 0 leaves the mask out,
+            and up to 16 it is cheap.
         consumers: 64 rows each; 3 need up to 64 features, and tiles whose slots divide by 192.
-        programs: that share a multiprocessor.
-        stages: slots in each of the rings of K and V.
-        overlap, pingpong: see the module's text. By default products overlap the softmax wherever registers suffice. No
-            argument from ``consumers`` on changes a result.
+        programs: that share a multiprocessor; by default as many as have FEWEST_STAGES each.
+        stages: slots in each of the rings of K and V, at least FEWEST_STAGES.
+        overlap: see the module's text. By default products overlap the softmax wherever registers suffice. No argument
+            from ``consumers`` on changes a result.
         consumer_regs, producer_regs: registers per thread. The first consumer gets what the others leave.
 
     Returns:
@@ -789,18 +807,21 @@ def launch(
     key_heads, dvp, k_slots = packed.v.shape[1:]
     slots, unit, runs = tables.slots, tables.unit, packed.q_scale.shape[-1]
     consumers = consumers or default_consumers(slots)
-    programs = programs or (2 if consumers == 1 else 1)
-    stages = stages or default_stages(dp, dvp, consumers, programs, out.element_size(), block_n)
+    item = out.element_size()
+    if programs is None:
+        programs = 2 if consumers == 1 and default_stages(dp, dvp, 1, 2, item, block_n) >= FEWEST_STAGES else 1
+    stages = stages or default_stages(dp, dvp, consumers, programs, item, block_n)
     reason = (
         why_not_slots(slots, block_n)
         or _why_not_operands(packed, tables, out, block_n)
         or _misfit(packed, tables, q_blocks, out, lse, bias)
-        or _why_not_program(slots, max(dp, dvp), consumers, stages, pingpong)
+        or _why_not_program(slots, max(dp, dvp), consumers, stages)
     )
     if reason is not None:
         raise ValueError(f"the Hopper kernel cannot run this: {reason}")
     if overlap is None:
         overlap = bias is None or runs == 1 or unit == block_n
+    padded = block_n if padding is None or padding > 16 else 16 if padding else 0
     if consumer_regs is None:
         consumer_regs = {1: 232, 2: 240, 3: 160}[consumers]
     # Registers at the start, before the roles trade them; one program takes all there are by itself.
@@ -821,8 +842,8 @@ def launch(
         keys.index.shape[-1], keys.count.shape[0], batch // phase.numel(), scale,
         out.stride(0) // align, out.stride(2) // align, out.stride(1) // align,
         GROUP=heads // key_heads, BLOCK_N=block_n, UNIT=unit, TILE=slots, RUNS=runs, DP=dp, DVP=dvp,
-        DV=out.shape[-1], ALIGN=align, P_SHIFT=p_shift, RAGGED=ragged, CONSUMERS=consumers, STAGES=stages,
-        OVERLAP=overlap, PINGPONG=pingpong, CONSUMER_REGS=consumer_regs, PRODUCER_REGS=producer_regs,
+        DV=out.shape[-1], ALIGN=align, P_SHIFT=p_shift, PADDED=padded, CONSUMERS=consumers, STAGES=stages,
+        OVERLAP=overlap, CONSUMER_REGS=consumer_regs, PRODUCER_REGS=producer_regs,
         num_warps=4, **limits,
     )  # fmt: skip
 
@@ -883,7 +904,7 @@ def _misfit(
     return None
 
 
-def _why_not_program(slots: int, dim: int, consumers: int, stages: int, pingpong: bool) -> str | None:
+def _why_not_program(slots: int, dim: int, consumers: int, stages: int) -> str | None:
     """Why programs of this make cannot run, or None."""
     if not 1 <= consumers <= 3:
         return f"{consumers} consumers, not 1 to 3"
@@ -891,10 +912,8 @@ def _why_not_program(slots: int, dim: int, consumers: int, stages: int, pingpong
         return f"{consumers} consumers of 64 rows do not divide a tile of {slots} slots"
     if consumers == 3 and dim > 64:
         return "three consumers have no registers for more than 64 features"
-    if pingpong and consumers != 2:
-        return "two consumers take turns, and no other number"
-    if stages < 2:
-        return "two stages do not fit the shared memory of a multiprocessor"
+    if stages < FEWEST_STAGES:
+        return f"it needs {FEWEST_STAGES} stages, and {stages} were asked for or fit the shared memory"
     return None
 
 

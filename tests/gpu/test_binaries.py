@@ -142,6 +142,16 @@ def test_hopper_main_loop() -> None:
     for detour in ("shared_load", "shared_store", "local", "permute"):
         assert loop.every.get(detour, 0) == 0, detour
     assert loop.every["shuffle"] == 4  # the rows' maxima, across the four lanes that hold a row
+    assert loop.some["select"] > 64  # most blocks have no padding to be masked
+
+
+def test_hopper_main_loop_where_tiles_divide_the_grid() -> None:
+    """Four slots of 128 are empty: few scores are masked in every block, and no other work is conditional."""
+    loop = check_resources(spec_of("cuda:90", tile=(7, 9, 4)), HOPPER).main_loop
+    assert loop.every["select"] == 8
+    assert "select" not in loop.some
+    # What follows the wait for the values runs between the exponentials of the lower rows.
+    assert loop.every["mufu"] == 64 + 2
 
 
 @pytest.mark.parametrize("config", [default_config(spec_of("cuda:90")), KernelConfig(128, 8, 3)], ids=str)

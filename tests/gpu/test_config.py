@@ -46,6 +46,7 @@ def spec_of(target="cuda:90", quant="fp8", dim=128, tile=(4, 8, 8), **fields) ->
         (KernelConfig(128, 4, 0, "hopper"), {"tile": (4, 4, 4)}, "must divide the 64 slots"),
         (KernelConfig(192, 4, 0, "hopper"), {"tile": (6, 8, 8)}, "no registers for more than 64 features"),
         (KernelConfig(128, 8, 0, "hopper"), {}, "wants num_warps=4"),
+        (KernelConfig(128, 4, 2, "hopper"), {}, "num_stages=0 or 3 to 8, not 4 and 2"),
         (KernelConfig(128, 4, 7, "hopper"), {}, "bytes of shared memory"),
         (KernelConfig(64, 4, 0, "hopper"), {"tile": (2, 2, 4)}, "not 16"),
     ],

@@ -136,6 +136,27 @@ def test_keys_and_values_are_looked_at_once_for_all_pieces(monkeypatch: pytest.M
     assert looks == [k.shape, k.shape]  # the whole call's, and that of its pieces
 
 
+@pytest.mark.parametrize(
+    ("heads", "most", "programs", "at_once", "each"),
+    [
+        (40, 11, 600, 132, 11),  # 3 x 50 + 32 rounds, where ten heads at a time take 4 x 46
+        (40, 11, 600, 1, 10),
+        (40, 9, 600, 132, 9),  # 4 x 41 + 19, where eight take 5 x 37
+        (5, 40, 10, 132, 5),
+        (3, 1, 10, 132, 1),
+    ],
+)
+def test_heads_of_a_piece(heads: int, most: int, programs: int, at_once: int, each: int) -> None:
+    """As few pieces as possible, and of those the fewest rounds of programs."""
+    assert triton._heads_of_piece(heads, most, programs, at_once) == each
+    rounds = {
+        n: sum(-(-min(n, heads - first) * programs // at_once) for first in range(0, heads, n))
+        for n in range(1, most + 1)
+        if -(-heads // n) == -(-heads // min(most, heads))
+    }
+    assert rounds[each] == min(rounds.values())
+
+
 def test_only_half_of_the_copies_exist_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
     """Beside the output: bytes of the FP8 copies, all of them and half of them, and little else."""
     resolved, (q, k, v) = plan("tile"), draw(1, 4, 4)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 
 from fpscompile.gpu.tables import Tables, tables_of
@@ -44,6 +45,27 @@ def test_blocks_cover_every_token_once() -> None:
     whole = made.query_blocks(16, whole_units=True)
     assert len(whole) == 10 * 4  # the second tile of text has 6 tokens in one block of four
     assert (whole[:, 2] == 0).sum() == 3
+
+
+@pytest.mark.parametrize(
+    ("tile", "text", "padding"),
+    [
+        ((2, 4, 8), 0, 0),
+        ((2, 4, 8), 60, 4),
+        ((2, 4, 8), 65, 63),
+        ((4, 2, 7), 0, 48),
+        ((1, 4, 7), 0, 24),
+        ((4, 8, 5), 0, 96),
+    ],
+)
+def test_the_most_padding_of_a_unit(tile: tuple[int, int, int], text: int, padding: int) -> None:
+    """Units without any token are not listed and do not count."""
+    length = 4 * 8 * 16 + text
+    plan = Plan(tile=tile, phases=(PhasePlan(window=(1, 1, 1)),), quant="fp8", lowering="triton")
+    made = tables_of(resolve(plan, GRID, length, length), torch.device("cpu"))
+    assert made.keys.padding == padding
+    listed = made.keys.valid[made.keys.valid > 0]
+    assert made.unit - listed.min() == padding
 
 
 def test_blocks_are_made_once() -> None:
