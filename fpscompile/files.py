@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import tempfile
 from pathlib import Path
 
 
 def write_atomically(path: str | os.PathLike[str], text: str) -> Path:
-    """Write ``text`` as UTF-8 beside ``path``, then move it there: readers see the old file or the new one."""
+    """Write ``text`` as UTF-8 beside ``path``, then move it there: readers see the old file or the new one.
+
+    Raises:
+        OSError: a folder is in that place, or it cannot be written.
+    """
     path = Path(path)
+    if path.is_dir():
+        raise IsADirectoryError(errno.EISDIR, "This is a folder, name a file in it", str(path))
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
     try:

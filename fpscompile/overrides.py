@@ -100,6 +100,8 @@ class LayerOverride:
             raise OptionError(
                 f"{where}: granularity={granularity!r} is unknown; choose one of {', '.join(GRANULARITIES)}"
             )
+        if all(item is None for item in value.values()):
+            raise OptionError(f"{where} overrides nothing: {', '.join(value)} is None; leave the layer out")
         schedule = schedule_of(value.get("window"), value.get("density"), value.get("schedule"), where)
         return cls(schedule, granularity, head_windows(value.get("heads")))
 

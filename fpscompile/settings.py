@@ -185,9 +185,10 @@ class Settings:
         if self.autotune is not None:
             _choice("autotune", self.autotune, AUTOTUNE)
         if self.tuning is not None:
-            if not isinstance(self.tuning, (str, os.PathLike)) or not os.fspath(self.tuning):
+            path = os.fspath(self.tuning) if isinstance(self.tuning, (str, os.PathLike)) else ""
+            if not path or "\0" in path:
                 raise OptionError(f"tuning={self.tuning!r} must be the path of a tuning file")
-            _set(self, "tuning", os.fspath(self.tuning))
+            _set(self, "tuning", path)
         if not isinstance(self.free_tile, bool):
             raise OptionError(f"free_tile={self.free_tile!r} must be True or False")
 

@@ -578,6 +578,8 @@ def test_mistakes_are_named(tmp_path: Path) -> None:
             calibrate(model, samples(1), path=path, **arguments)
     with pytest.raises(OptionError, match="samples must be a non-empty list"):
         calibrate(model, [], max_error=0.1, path=path)
+    with pytest.raises(OptionError, match=r"a sample is a call of the module: .* not int"):
+        calibrate(model, [3], max_error=0.1, path=path)
     with pytest.raises(OptionError, match="found no denoiser in int"):
         calibrate(3, [{}], max_error=0.1, path=path)
     with pytest.raises(CalibrationError, match="no 3D attention was seen"):

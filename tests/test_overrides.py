@@ -163,6 +163,7 @@ def test_settings_from_json() -> None:
         ({"layers": "dense"}, "must be a dict"),
         ({"layers": {"0": "dnse"}}, "did you mean 'dense'"),
         ({"layers": {"0": {}}}, "is empty"),
+        ({"layers": {"0": {"density": None, "heads": None}}}, "overrides nothing: density, heads is None; leave"),
         ({"layers": {"0": {"tile": (1, 1, 1)}}}, "has no key 'tile'"),
         ({"layers": {"0": {"window": "dense", "density": 0.5}}}, r"layers\['0'\]: give one of"),
         ({"layers": {"0": {"granularity": "pixel"}}}, "granularity='pixel'"),

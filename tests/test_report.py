@@ -262,6 +262,8 @@ def test_files_are_written_whole_or_not_at_all(tmp_path: Path, monkeypatch: pyte
     def fail(*_: object) -> None:
         raise OSError("disk full")
 
+    with pytest.raises(IsADirectoryError, match=r"folder, name a file in it: '.*folder'"):
+        wan(1).save_html(target.parent)
     monkeypatch.setattr(os, "replace", fail)
     with pytest.raises(OSError, match="disk full"):
         write_atomically(target, "half")

@@ -33,6 +33,7 @@ def test_every_option_is_a_documented_field() -> None:
 @pytest.mark.parametrize(
     ("options", "words"),
     [
+        ({"tuning": "a\0b"}, "must be the path of a tuning file"),
         ({"windw": (1, 1, 1)}, "did you mean 'window'"),
         ({"tile": (0, 8, 8)}, r"tile=\(0, 8, 8\) must be three integers >= 1"),
         ({"tile": (4, 8)}, "three integers"),

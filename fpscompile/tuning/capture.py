@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from fpscompile.errors import OptionError
 from fpscompile.ir import AttentionSite
 from fpscompile.passes.base import GraphState, fake_tensor, module_path, size_of
 from fpscompile.passes.legality import key_mask
@@ -72,9 +73,18 @@ def site_name(site: AttentionSite) -> str:
 
 
 def named_arguments(call: Mapping[str, Any] | tuple[Any, ...] | list[Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """(args, kwargs) of a call given as a dict, as (args, kwargs), or as a tuple of positional arguments."""
+    """(args, kwargs) of a call given as a dict, as (args, kwargs), or as a tuple of positional arguments.
+
+    Raises:
+        OptionError: none of them.
+    """
     if isinstance(call, Mapping):
         return (), dict(call)
+    if not isinstance(call, (tuple, list)):
+        raise OptionError(
+            f"a sample is a call of the module: a dict of keyword arguments, (args, kwargs) or a tuple of positional "
+            f"arguments, not {type(call).__name__}"
+        )
     if len(call) == 2 and isinstance(call[0], (tuple, list)) and isinstance(call[1], Mapping):
         return tuple(call[0]), dict(call[1])
     return tuple(call), {}
