@@ -111,8 +111,8 @@ def add_gradients(
         # The lowering's keys are without their mean. Rows of dS sum to zero over tiles and means together, so the mean
         # drops out of dq if both leave it out.
         centre = key_mean(k, visible_keys(key_mask, k.shape[0], k.shape[1], q.shape[1]))
-        lse = lse - (q.to(centre.dtype) * centre.repeat_interleave(q.shape[1] // k.shape[1], 1)).sum(-1) * scale
-        centre = centre.repeat_interleave(means.keys.shape[1] // k.shape[1], 1).to(means.keys.dtype)
+        lse = lse - (q.to(centre.dtype) * _of_heads(centre, q.shape[1])).sum(-1) * scale
+        centre = _of_heads(centre, means.keys.shape[1]).to(means.keys.dtype)
         means = TileKeys(means.keys - centre, means.values, means.log_count, means.weights)
     wide = work_dtype(q.dtype)
     d_keys, d_values = (torch.zeros(x.shape, dtype=wide, device=x.device) for x in (means.keys, means.values))
@@ -133,6 +133,49 @@ def add_gradients(
             spread = spread.unflatten(1, (grad.shape[1], -1)).sum(2)
         grad[:, :, video] += spread.to(grad.dtype)
     return dq, dk, dv
+
+
+@torch.no_grad()
+def share_of_delta(
+    grad_out: torch.Tensor,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    lse: torch.Tensor,
+    *,
+    key_mask: torch.Tensor | None,
+    phases: torch.Tensor | tuple[int, ...],
+    resolved: ResolvedPlan,
+    scale: float,
+    block_mask: BlockMask | None = None,
+) -> torch.Tensor:
+    """[B, H, Lq]: what the means add to rowsum(P * dP), for a backward that sums the share of its own keys.
+
+    Args:
+        lse: what :func:`add` returned.
+    """
+    plan, wide = resolved.plan, work_dtype(q.dtype)
+    share = torch.zeros(lse.shape, dtype=wide, device=lse.device)
+    if share.numel() == 0 or not _drops(resolved, block_mask):
+        return share
+    means = TileKeys.of(k, v, key_mask, resolved.k_layout, q.shape[1])
+    # A part that all values have in common stays exact: it would not in an output of half precision. Where the lowering
+    # has smoothed V, its own keys are without it.
+    common = key_mean(v, visible_keys(key_mask, k.shape[0], k.shape[1], q.shape[1]))
+    values = (means.values - _of_heads(common, means.values.shape[1])).to(means.values.dtype)
+    common = torch.zeros_like(common) if plan.quant != "none" and plan.smooth_v else common
+    common = _of_heads(common, q.shape[1])
+    for b, rows, bias in _pieces(q, means, phases, resolved, block_mask):
+        at = slice(b, b + 1)
+        part, part_lse = dense.forward(q[at, :, rows], means.keys[at], values[at], bias[None], scale)
+        weight = (part_lse - lse[at, :, rows]).exp().masked_fill(part_lse == -math.inf, 0.0)
+        share[at, :, rows] = (grad_out[at, :, rows].to(wide) * (part.to(wide) + common[at])).sum(-1) * weight
+    return share
+
+
+def _of_heads(x: torch.Tensor, heads: int) -> torch.Tensor:
+    """One of [B, Hk, ...] for each of more heads."""
+    return x.repeat_interleave(heads // x.shape[1], 1)
 
 
 @dataclass(frozen=True, eq=False)

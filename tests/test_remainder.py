@@ -132,20 +132,22 @@ def test_key_masks(lowering, kind, mask_heads):
         torch.testing.assert_close(got, one, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("smooth_k", [True, False])
+@pytest.mark.parametrize("smooth", [{}, {"smooth_k": False}, {"smooth_v": True}, {"smooth_v": True, "hadamard": True}])
 @pytest.mark.parametrize("text", [(0, 0), (0, 7)])
-def test_fp8(smooth_k, text):
+def test_fp8(smooth, text):
     q, k, v, resolved = case(
-        *GRIDS["ragged"], (1, 1, 1), text=text, dtype=torch.float32, quant="fp8", smooth_k=smooth_k, lowering="gather"
+        *GRIDS["ragged"], (1, 1, 1), text=text, dtype=torch.float32, quant="fp8", lowering="gather", **smooth
     )
+    k, v = k + 1, v + 2  # what smoothing takes away
     grad = torch.randn_like(q)
     out, lse, grads = run(q, k, v, resolved, grad=grad)
     want, want_lse, want_grads = expected(q, k, v, resolved, grad=grad)
     assert off(out, want) < 1e-5
     torch.testing.assert_close(lse, want_lse)
+    # The means take delta from out, which P's rounding is part of: it grows with what all values have in common.
+    limit = 6e-3 if smooth.get("smooth_v") else 4e-2
     for got, one in zip(grads, want_grads, strict=True):
-        # P's rounding is part of delta = rowsum(dO * out), and not of the reference's delta
-        assert off(got, one) < 3e-2
+        assert off(got, one) < limit
 
 
 @pytest.mark.parametrize("quant", ["none", "int8", "fp8"])

@@ -132,6 +132,7 @@ def backward(
     scale: float,
     block_mask: BlockMask | None = None,
     config: GradientConfig | None = None,
+    share: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Gradients of q, k and v in their shapes and dtypes, each the transpose of a contiguous [B, L, H, D].
 
@@ -139,6 +140,8 @@ def backward(
         grad_out: [B, H, Lq, Dv], any strides.
         out, lse: what :func:`fpscompile.lowerings.triton.forward` returned. ``out`` is not read with ``quant="fp8"``.
         config: instead of the rule's; see :func:`default_config`.
+        share: float32 [B, H, Lq], with ``quant="fp8"``: what keys that the block mask does not list, and ``lse`` does
+            cover, add to ``delta``.
         The rest as in the forward.
 
     Raises:
@@ -164,7 +167,7 @@ def backward(
             packed = operands.pack(q, k, v, key_mask, phase, spec, tables, granularities, scale)
         bias = None if key_mask is None else operands.key_bias(key_mask, tables)
         for launch in launches(
-            grad_out, q, k, v, out, lse, dq, dk, dv, packed, bias, phase, tables, spec, config, scale
+            grad_out, q, k, v, out, lse, dq, dk, dv, packed, bias, phase, tables, spec, config, scale, share
         ):
             refuse_damaged(launch.kernel[launch.grid](*launch.args, **launch.options))
     if spec.hadamard:
@@ -198,6 +201,7 @@ def launches(
     spec: KernelSpec,
     config: GradientConfig,
     scale: float,
+    share: torch.Tensor | None = None,
 ) -> Iterator[Launch]:
     """What :func:`backward` runs, in order; dq, dk and dv are contiguous [B, L, H, D], rotated (and float32)
     where the spec rotates Q and K.
@@ -211,6 +215,9 @@ def launches(
     keys, queries = tables.keys, tables.queries
     lse2 = lse.new_empty(batch, heads, tables.q_slots)
     delta = torch.empty_like(lse2)
+    if share is not None:
+        token = tables.q_token.long()
+        delta.copy_(share[:, :, token.clamp(min=0)].masked_fill(token < 0, 0.0))
 
     # A block never leaves its tile, a block of keys not even its unit. With FP8, dk and dv read what dq leaves behind
     # for every slot of a listed unit.
@@ -242,6 +249,7 @@ def launches(
         dq_inputs = (packed.q, packed.k, packed.v, grad8, lse, dq, lse2, delta)
         dq_inputs += (*scales[:2], packed.lse_shift, running, blocks)
         v16 = torch.empty(at_once, dvp, tables.k_slots, dtype=torch.bfloat16, device=q.device)
+        dq_options["SHARED"] = share is not None
         dk_inputs = (packed.q, packed.k, v16, grad8, lse2, delta, dk, dv, *scales, running, blocks, _ranks(tables))
     if bias is not None:
         dq_inputs += (bias.bias, bias.state, *head_strides(bias.bias), *head_strides(bias.state))

@@ -107,15 +107,17 @@ def backward(
         return lowering.backward(grad_out, q, k, v, out, lse, **call)
     from fpscompile import remainder
 
-    whole: dict[str, Any] = {"whole": True} if lowering is get("gather") else {}
-    grads = lowering.backward(grad_out, q, k, v, out, lse, **call, **whole)
+    share: dict[str, Any] = {}
+    if lowering is get("gather") or call["resolved"].plan.quant == "fp8":  # the others take rowsum(dO * out)
+        share["share"] = remainder.share_of_delta(grad_out, q, k, v, lse, **call)
+    grads = lowering.backward(grad_out, q, k, v, out, lse, **call, **share)
     return remainder.add_gradients(grads, grad_out, q, k, v, out, lse, **call)
 
 
 def gathers_gradients(plan: Plan) -> bool:
-    """Whether gradients come from ``gather`` although another lowering computes the output: the generated kernels' FP8
-    backwards do not take an output that covers more than their own tiles."""
-    return plan.remainder != "none" and plan.quant == "fp8" and plan.lowering in ("cpp", "triton")
+    """Whether gradients come from ``gather`` although another lowering computes the output: the generated CPU kernel's
+    FP8 backward does not take an output that covers more than its own tiles."""
+    return plan.remainder != "none" and plan.quant == "fp8" and plan.lowering == "cpp"
 
 
 def _added(lowering: Lowering, resolved: ResolvedPlan) -> bool:

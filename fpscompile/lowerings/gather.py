@@ -188,16 +188,16 @@ def backward(
     resolved: ResolvedPlan,
     scale: float,
     block_mask: BlockMask | None = None,
-    whole: bool = False,
+    share: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Gradients of q, k and v in their shapes and dtypes, each the transpose of a contiguous [B, L, H, D].
 
     Args:
         grad_out: [B, H, Lq, Dv].
         out, lse: what :func:`forward` returned. ``out`` is not read, nor is ``lse`` with ``quant="fp8"``, which
-            replays the rounding.
-        whole: ``out`` and ``lse``, which are then read, cover more keys than the listed ones; the gradients are the
-            listed keys' share.
+            replays the rounding, unless there is a ``share``.
+        share: [B, H, Lq]: ``lse`` covers more keys than the listed ones, and they add this to rowsum(P * dP). The
+            gradients are those of the listed keys.
         The rest as in :func:`forward`.
     """
     dtype = work_dtype(q.dtype)
@@ -207,7 +207,7 @@ def backward(
         part_grad, part_lse, part_dq = several.heads_of(grad_out), several.heads_of(lse), several.empty(dq)
         dk_slots, dv_slots = torch.zeros_like(element.k), torch.zeros_like(element.v)
         smoothed = (part_lse if element.lse_shift is None else part_lse - element.lse_shift).unsqueeze(-1)
-        part_delta = (part_grad.to(dtype) * several.heads_of(out).to(dtype)).sum(-1, keepdim=True) if whole else None
+        part_share = None if share is None else several.heads_of(share).unsqueeze(-1)
         for part, chunk in pieces:
             queries = _take(element.q[part.queries], chunk, part)
             keys, values = _keys(element, chunk, part)
@@ -215,19 +215,18 @@ def backward(
             grad = _take(part_grad[part.queries], chunk, part).to(dtype)
             if resolved.plan.quant == "fp8":
                 softmax, weights, own_lse = _rounded(scores, resolved.plan.block_n, resolved.plan.p_scale)
-                if whole:
-                    share = (own_lse[..., None] - _finite(_take(smoothed[part.queries], chunk, part))).exp_()
-                    softmax, weights = softmax * share, weights * share
+                if part_share is not None:
+                    held = (own_lse[..., None] - _finite(_take(smoothed[part.queries], chunk, part))).exp_()
+                    softmax, weights = softmax * held, weights * held
             else:
                 row_lse = _take(part_lse[part.queries].unsqueeze(-1), chunk, part)
                 softmax = weights = scores.sub_(_finite(row_lse)).exp_()
             d_weights = grad @ values.mT
             # Not rowsum(dO * out): out carries its own rounding, to bf16 say, and a common part of all keys, which
             # cancels only while rows of dS sum to zero, would amplify it.
-            if part_delta is None:
-                delta = (softmax * d_weights).sum(-1, keepdim=True)
-            else:
-                delta = _take(part_delta[part.queries], chunk, part)
+            delta = (softmax * d_weights).sum(-1, keepdim=True)
+            if part_share is not None:
+                delta += _take(part_share[part.queries], chunk, part)
             d_scores = d_weights.sub_(delta).mul_(softmax)
             d_queries = (d_scores @ keys).mul_(scale)
             _put(part_dq[part.queries], unrotate(d_queries, q.shape[-1]) if rotated else d_queries, chunk, part)

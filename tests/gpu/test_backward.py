@@ -223,8 +223,10 @@ def test_autograd_through_the_op(quant):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("dim", [64, 128])
-@pytest.mark.parametrize(("target", "quant"), [("cuda:90", "fp8"), ("cuda:90", "none"), ("cuda:80", "none")])
-def test_default_configs_compile_without_spills(target, quant, dim):
+@pytest.mark.parametrize(("target", "quant", "share"), [
+    ("cuda:90", "fp8", False), ("cuda:90", "fp8", True), ("cuda:90", "none", False), ("cuda:80", "none", False),
+])  # fmt: skip
+def test_default_configs_compile_without_spills(target, quant, share, dim):
     """For GPUs that need not be here: registers suffice, and no matrix product waits for another."""
     plan = Plan(tile=(4, 8, 8), phases=PHASES[2:3], lowering="triton", quant=quant)
     resolved = resolve(plan, (8, 16, 16), 2048, 2048)
@@ -243,7 +245,7 @@ def test_default_configs_compile_without_spills(target, quant, dim):
     heads_first = x.transpose(1, 2)
     launches = gradients.launches(
         *(heads_first,) * 5, empty(1, 2, 2048), x, x, x, packed, None, torch.zeros(1, dtype=torch.int32),
-        tables, spec, gradients.default_config(spec), 0.1,
+        tables, spec, gradients.default_config(spec), 0.1, torch.zeros(1, 2, 2048) if share else None,
     )  # fmt: skip
     for launch in launches:
         report = compile_kernel(launch.kernel, launch.args, launch.options, target=target)
