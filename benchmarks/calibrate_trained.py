@@ -66,7 +66,6 @@ class Pipeline:
 def row(
     pipe: Pipeline, tile: Sequence[int], content: bool, means: bool, max_error: float, count: int, path: Path
 ) -> dict[str, Any]:
-    torch._dynamo.reset()  # its limit of recompilations counts every calibration's backend
     began = time.perf_counter()
     report = fpscompile.calibrate(
         pipe, [{"seed": 1000 + seed} for seed in range(count)], max_error=max_error, path=path,

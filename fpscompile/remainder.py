@@ -25,7 +25,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -41,6 +41,9 @@ from fpscompile.tiling import TileLayout
 BIAS_BYTES = {"cpu": 4 << 20, "cuda": 128 << 20}
 """Size aimed at for the bias of some rows of queries, a number for each row and mean, by device, where torch's own
 operations attend to the means: everywhere but beside the Triton kernels in half precision."""
+
+Triple = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+Piece = tuple[slice, slice, torch.Tensor]
 
 
 @torch.no_grad()
@@ -69,9 +72,8 @@ def add(
         dropped = _dropped(resolved, q.device)
         kernel.add(q, means.keys, means.values, count, dropped, out, lse, phases, resolved, scale)
         return out, lse
-    for b, rows, bias in _pieces(q, means, phases, resolved, block_mask):
-        at = slice(b, b + 1)
-        part, part_lse = dense.forward(q[at, :, rows], means.keys[at], means.values[at], bias[None], scale)
+    for at, rows, bias in _pieces(q, means, phases, resolved, block_mask):
+        part, part_lse = dense.forward(q[at, :, rows], means.keys[at], means.values[at], bias, scale)
         nothing = part_lse == -math.inf
         whole = torch.logaddexp(lse[at, :, rows], part_lse)
         share = (part_lse - whole).exp().masked_fill(nothing, 0.0)[..., None].to(out.dtype)
@@ -81,8 +83,8 @@ def add(
 
 
 @torch.no_grad()
-def add_gradients(
-    grads: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
+def gradients(
+    own: Callable[..., Triple],
     grad_out: torch.Tensor,
     q: torch.Tensor,
     k: torch.Tensor,
@@ -90,37 +92,46 @@ def add_gradients(
     out: torch.Tensor,
     lse: torch.Tensor,
     *,
+    takes_share: bool,
     key_mask: torch.Tensor | None,
     phases: torch.Tensor | tuple[int, ...],
     resolved: ResolvedPlan,
     scale: float,
     block_mask: BlockMask | None = None,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """(dq, dk, dv) with the share of the means added, in place.
+) -> Triple:
+    """(dq, dk, dv) of the lowering's own keys and of the means.
 
     Args:
-        grads: what the lowering gave for ``out`` and ``lse`` of the whole.
+        own: the lowering's backward of this call.
+        takes_share: whether it sums delta = rowsum(P * dP) over its own keys, and asks for the means' ``share`` of it;
+            others take rowsum(dO * out), which is of all keys.
         out, lse: what :func:`add` returned.
     """
-    dq, dk, dv = grads
     if out.numel() == 0 or not _drops(resolved, block_mask):
-        return grads
+        return own()
     layout, plan = resolved.k_layout, resolved.plan
     means = TileKeys.of(k, v, key_mask, layout, q.shape[1])
+    visible = visible_keys(key_mask, k.shape[0], k.shape[1], q.shape[1])
+    pieces = functools.partial(_pieces, q, means, phases, resolved, block_mask)
+    if takes_share:
+        smoothed = plan.quant != "none" and plan.smooth_v
+        share = _share_of_delta(grad_out, q, lse, means, key_mean(v, visible), smoothed, pieces(), scale)
+        dq, dk, dv = own(share=share)
+    else:
+        dq, dk, dv = own()
+    keys = means.keys
     if plan.quant != "none" and plan.smooth_k:
         # The lowering's keys are without their mean. Rows of dS sum to zero over tiles and means together, so the mean
         # drops out of dq if both leave it out.
-        centre = key_mean(k, visible_keys(key_mask, k.shape[0], k.shape[1], q.shape[1]))
+        centre = key_mean(k, visible)
         lse = lse - (q.to(centre.dtype) * _of_heads(centre, q.shape[1])).sum(-1) * scale
-        centre = _of_heads(centre, means.keys.shape[1]).to(means.keys.dtype)
-        means = TileKeys(means.keys - centre, means.values, means.log_count, means.weights)
+        keys = keys - _of_heads(centre, keys.shape[1]).to(keys.dtype)
     wide = work_dtype(q.dtype)
-    d_keys, d_values = (torch.zeros(x.shape, dtype=wide, device=x.device) for x in (means.keys, means.values))
-    for b, rows, bias in _pieces(q, means, phases, resolved, block_mask):
-        at = slice(b, b + 1)
+    d_keys, d_values = (torch.zeros(x.shape, dtype=wide, device=x.device) for x in (keys, means.values))
+    for at, rows, bias in pieces():
         part_dq, part_dk, part_dv = dense.backward(
-            grad_out[at, :, rows].to(q.dtype), q[at, :, rows], means.keys[at], means.values[at], out[at, :, rows],
-            lse[at, :, rows].contiguous(), bias[None], scale,
+            grad_out[at, :, rows].to(q.dtype), q[at, :, rows], keys[at], means.values[at], out[at, :, rows],
+            lse[at, :, rows].contiguous(), bias, scale,
         )  # fmt: skip
         dq[at, :, rows] += part_dq
         d_keys[at] += part_dk
@@ -135,39 +146,28 @@ def add_gradients(
     return dq, dk, dv
 
 
-@torch.no_grad()
-def share_of_delta(
+def _share_of_delta(
     grad_out: torch.Tensor,
     q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
     lse: torch.Tensor,
-    *,
-    key_mask: torch.Tensor | None,
-    phases: torch.Tensor | tuple[int, ...],
-    resolved: ResolvedPlan,
+    means: TileKeys,
+    common: torch.Tensor,
+    smoothed: bool,
+    pieces: Iterator[Piece],
     scale: float,
-    block_mask: BlockMask | None = None,
 ) -> torch.Tensor:
-    """[B, H, Lq]: what the means add to rowsum(P * dP), for a backward that sums the share of its own keys.
+    """[B, H, Lq]: what the means add to rowsum(P * dP).
 
     Args:
-        lse: what :func:`add` returned.
+        common: [B, Hk, 1, Dv], V's mean. It stays exact here, which it would not in a part of half precision.
+        smoothed: the lowering's own values are without it.
     """
-    plan, wide = resolved.plan, work_dtype(q.dtype)
+    wide = work_dtype(q.dtype)
     share = torch.zeros(lse.shape, dtype=wide, device=lse.device)
-    if share.numel() == 0 or not _drops(resolved, block_mask):
-        return share
-    means = TileKeys.of(k, v, key_mask, resolved.k_layout, q.shape[1])
-    # A part that all values have in common stays exact: it would not in an output of half precision. Where the lowering
-    # has smoothed V, its own keys are without it.
-    common = key_mean(v, visible_keys(key_mask, k.shape[0], k.shape[1], q.shape[1]))
     values = (means.values - _of_heads(common, means.values.shape[1])).to(means.values.dtype)
-    common = torch.zeros_like(common) if plan.quant != "none" and plan.smooth_v else common
-    common = _of_heads(common, q.shape[1])
-    for b, rows, bias in _pieces(q, means, phases, resolved, block_mask):
-        at = slice(b, b + 1)
-        part, part_lse = dense.forward(q[at, :, rows], means.keys[at], values[at], bias[None], scale)
+    common = _of_heads(torch.zeros_like(common) if smoothed else common, q.shape[1])
+    for at, rows, bias in pieces:
+        part, part_lse = dense.forward(q[at, :, rows], means.keys[at], values[at], bias, scale)
         weight = (part_lse - lse[at, :, rows]).exp().masked_fill(part_lse == -math.inf, 0.0)
         share[at, :, rows] = (grad_out[at, :, rows].to(wide) * (part.to(wide) + common[at])).sum(-1) * weight
     return share
@@ -205,7 +205,7 @@ class TileKeys:
         top = bias.amax(-1, keepdim=True).nan_to_num(neginf=0.0)
         count = (bias - top).exp()
         if count.shape[1] > 1:
-            k, v = (x.repeat_interleave(heads // x.shape[1], 1) for x in (k, v))
+            k, v = (_of_heads(x, heads) for x in (k, v))
         hidden = (count == 0)[..., None]  # what they hold may be no number
         keys, values = (tile_means(x.masked_fill(hidden, 0.0), layout, count).to(x.dtype) for x in (k, v))
         video = count[..., layout.before : layout.before + layout.video]
@@ -220,8 +220,8 @@ def _pieces(
     phases: torch.Tensor | tuple[int, ...],
     resolved: ResolvedPlan,
     block_mask: BlockMask | None,
-) -> Iterator[tuple[int, slice, torch.Tensor]]:
-    """(batch element, rows of the video, bias [1 | H, rows, N], float32 or float64): the log of its tokens for the
+) -> Iterator[Piece]:
+    """(a batch element, rows of the video, bias [1, 1 | H, rows, N], float32 or float64): the log of its tokens for the
     mean of a dropped tile, -inf for that of one that is seen."""
     layout = resolved.q_layout
     video = slice(layout.before_tiles, layout.before_tiles + layout.video_tiles)
@@ -237,7 +237,8 @@ def _pieces(
         table = table.to(torch.float64 if q.dtype == torch.float64 else torch.float32)
         for start in range(0, layout.video, step):
             stop = min(start + step, layout.video)
-            yield b, slice(layout.before + start, layout.before + stop), table[:, tile_of[start:stop]]
+            rows = slice(layout.before + start, layout.before + stop)
+            yield slice(b, b + 1), rows, table[None, :, tile_of[start:stop]]
 
 
 def extra_density(resolved: ResolvedPlan) -> float:

@@ -54,11 +54,8 @@ def main() -> None:
             row[f"{way}_mib"] = (torch.cuda.max_memory_allocated() - before) / 2**20
         times = [{way: time_ms(calls[way]) for way in WAYS} for _ in range(options.rounds)]
         row |= {way: statistics.median(one[way] for one in times) for way in WAYS}
-        row["ratio"] = statistics.median(one["means"] / one["none"] for one in times)
-        row["range"] = [
-            min(one["means"] / one["none"] for one in times),
-            max(one["means"] / one["none"] for one in times),
-        ]
+        ratios = [one["means"] / one["none"] for one in times]
+        row |= {"ratio": statistics.median(ratios), "range": [min(ratios), max(ratios)]}
         rows.append(row)
         print({key: round(value, 3) if isinstance(value, float) else value for key, value in row.items()}, flush=True)
     machine = {"gpu": torch.cuda.get_device_name(), "torch": torch.__version__, "triton": triton.__version__}

@@ -34,7 +34,7 @@ from fpscompile.gpu.binary import refuse_damaged
 from fpscompile.gpu.call import head_strides, launching, phase_tensor, spec_of, why_not
 from fpscompile.gpu.config import padded
 from fpscompile.gpu.operands import KeyBias, Packed
-from fpscompile.gpu.tables import Tables, tables_of
+from fpscompile.gpu.tables import Tables, in_slots, tables_of
 from fpscompile.hadamard import unrotate
 from fpscompile.kernel_spec import KernelSpec
 from fpscompile.masks import BlockMask
@@ -214,10 +214,7 @@ def launches(
     group = heads // key_heads
     keys, queries = tables.keys, tables.queries
     lse2 = lse.new_empty(batch, heads, tables.q_slots)
-    delta = torch.empty_like(lse2)
-    if share is not None:
-        token = tables.q_token.long()
-        delta.copy_(share[:, :, token.clamp(min=0)].masked_fill(token < 0, 0.0))
+    delta = torch.empty_like(lse2) if share is None else in_slots(share, tables.q_token, 0.0)
 
     # A block never leaves its tile, a block of keys not even its unit. With FP8, dk and dv read what dq leaves behind
     # for every slot of a listed unit.

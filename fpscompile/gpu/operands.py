@@ -14,7 +14,7 @@ import torch
 
 from fpscompile.gpu import render
 from fpscompile.gpu.config import padded
-from fpscompile.gpu.tables import Tables
+from fpscompile.gpu.tables import Tables, in_slots
 from fpscompile.kernel_spec import KernelSpec
 from fpscompile.key_mask import additive, visible_keys
 from fpscompile.quant import E4M3_MAX, SUBTILE
@@ -231,8 +231,6 @@ def _device_constant(values: tuple[int, ...], device: torch.device) -> torch.Ten
 
 def key_bias(key_mask: torch.Tensor, tables: Tables) -> KeyBias:
     """The key mask in slot order."""
-    bias = additive(key_mask)
-    token = tables.k_token.long()
-    placed = bias[:, :, 0, token.clamp(min=0)].masked_fill_(token < 0, float("-inf"))
+    placed = in_slots(additive(key_mask)[:, :, 0], tables.k_token, float("-inf"))
     state = (placed != 0).unflatten(-1, (-1, tables.unit)).any(-1)
-    return KeyBias(placed.contiguous(), state.to(torch.uint8).contiguous())
+    return KeyBias(placed, state.to(torch.uint8).contiguous())

@@ -90,6 +90,11 @@ class Tables:
         return self._blocks[key]
 
 
+def in_slots(x: torch.Tensor, token: torch.Tensor, fill: float) -> torch.Tensor:
+    """[..., L] in slot order, contiguous; ``fill`` where ``token``, a table of :class:`Tables`, has padding."""
+    return x.index_select(-1, token.clamp(min=0)).masked_fill_(token < 0, fill)
+
+
 _cache: OrderedDict[tuple[ResolvedPlan, torch.device], Tables] = OrderedDict()
 _lock = threading.Lock()
 

@@ -16,11 +16,14 @@ A lowering is a module with two functions::
 
 Modules are imported on first use. :func:`forward` and :func:`backward` here run one and add what the plan's
 ``remainder`` asks for; a module that does this itself says ``SERVES_REMAINDER = True``.
+A backward that sums delta = rowsum(P * dP) over its own keys takes what the remainder adds to it as ``share``.
 """
 
 from __future__ import annotations
 
+import functools
 import importlib
+import inspect
 from typing import Any, Protocol, cast
 
 import torch
@@ -107,17 +110,19 @@ def backward(
         return lowering.backward(grad_out, q, k, v, out, lse, **call)
     from fpscompile import remainder
 
-    share: dict[str, Any] = {}
-    if lowering is get("gather") or call["resolved"].plan.quant == "fp8":  # the others take rowsum(dO * out)
-        share["share"] = remainder.share_of_delta(grad_out, q, k, v, lse, **call)
-    grads = lowering.backward(grad_out, q, k, v, out, lse, **call, **share)
-    return remainder.add_gradients(grads, grad_out, q, k, v, out, lse, **call)
+    own = functools.partial(lowering.backward, grad_out, q, k, v, out, lse, **call)
+    takes_share = lowering is get("gather") or call["resolved"].plan.quant == "fp8"
+    return remainder.gradients(own, grad_out, q, k, v, out, lse, takes_share=takes_share, **call)
 
 
 def gathers_gradients(plan: Plan) -> bool:
-    """Whether gradients come from ``gather`` although another lowering computes the output: the generated CPU kernel's
-    FP8 backward does not take an output that covers more than its own tiles."""
-    return plan.remainder != "none" and plan.quant == "fp8" and plan.lowering == "cpp"
+    """Whether gradients come from ``gather`` although another lowering computes the output: an FP8 backward beside
+    means has to take their share of delta."""
+    if plan.remainder == "none" or plan.quant != "fp8":
+        return False
+    lowering = get(plan.lowering)
+    served = getattr(lowering, "SERVES_REMAINDER", False)
+    return not served and "share" not in inspect.signature(lowering.backward).parameters
 
 
 def _added(lowering: Lowering, resolved: ResolvedPlan) -> bool:

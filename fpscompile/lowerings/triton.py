@@ -149,7 +149,7 @@ def _pieces(
         if not all_heads:
             programs = group * len(tables.query_blocks(rows_of(config, spec)))
             each = _heads_of_piece(
-                key_heads, max(1, PIECE_BYTES * key_heads // size), programs, _at_once(config, q.device)
+                key_heads, max(1, PIECE_BYTES * key_heads // size), programs, _at_once(config, spec, q.device)
             )
             parts = (slice(first, min(first + each, key_heads)) for first in range(0, key_heads, each))
             return tuple(_Piece(whole, slice(x.start * group, x.stop * group), x, per_sample) for x in parts)
@@ -163,20 +163,23 @@ def _heads_of_piece(heads: int, most: int, programs: int, at_once: int) -> int:
     >>> _heads_of_piece(40, 11, 600, 132), _heads_of_piece(40, 11, 600, 1)
     (11, 10)
     """
-    even = -(-heads // -(-heads // min(most, heads)))
+    most = min(most, heads)
+    even = -(-heads // -(-heads // most))
 
     def rounds(each: int) -> int:
         return heads // each * -(-each * programs // at_once) + -(-(heads % each) * programs // at_once)
 
-    return min(range(even, max(even, min(most, heads)) + 1), key=rounds)
+    return min(range(even, most + 1), key=rounds)
 
 
 @functools.lru_cache(maxsize=256)
-def _at_once(config: KernelConfig, device: torch.device) -> int:
+def _at_once(config: KernelConfig, spec: KernelSpec, device: torch.device) -> int:
     """Programs that a GPU runs side by side; 1 where that is not known without the binary."""
     if config.variant != "hopper" or device.type != "cuda":
         return 1
-    each = 2 if config.block_m <= 64 else 1
+    each = render.load("attention_hopper", spec, config).default_programs(
+        padded(spec.head_dim), padded(spec.value_dim), -(-config.block_m // 64), getattr(torch, spec.dtype).itemsize
+    )
     return each * torch.cuda.get_device_properties(device).multi_processor_count
 
 

@@ -67,20 +67,18 @@ def _next_slot(slot, phase, STAGES: gl.constexpr):
 
 
 @gluon.jit
-def _load_keys(desc, bar, smem, slot, unit_list, block, last, row, ENTRIES: gl.constexpr, UNIT: gl.constexpr):
-    """The units of a block of K; past the list's end the last one comes again: masked, but it must hold numbers, since
-    0 * nan = nan."""
+def _load(
+    desc, bar, smem, slot, unit_list, block, last, row, ENTRIES: gl.constexpr, UNIT: gl.constexpr,
+    IN_ROWS: gl.constexpr,
+):  # fmt: skip
+    """The units of a block, rows of K or columns of V. Past the list's end the last one comes again: masked, but it
+    must hold numbers, since 0 * nan = nan."""
     for e in gl.static_range(ENTRIES):
-        unit = gl.load(unit_list + gl.minimum(block * ENTRIES + e, last))
-        tma.async_copy_global_to_shared(desc, [row + unit * UNIT, 0], bar, smem.index(slot * ENTRIES + e))
-
-
-@gluon.jit
-def _load_values(desc, bar, smem, slot, unit_list, block, last, row, ENTRIES: gl.constexpr, UNIT: gl.constexpr):
-    """The same of V."""
-    for e in gl.static_range(ENTRIES):
-        unit = gl.load(unit_list + gl.minimum(block * ENTRIES + e, last))
-        tma.async_copy_global_to_shared(desc, [row, unit * UNIT], bar, smem.index(slot * ENTRIES + e))
+        first = gl.load(unit_list + gl.minimum(block * ENTRIES + e, last)) * UNIT
+        if IN_ROWS:
+            tma.async_copy_global_to_shared(desc, [row + first, 0], bar, smem.index(slot * ENTRIES + e))
+        else:
+            tma.async_copy_global_to_shared(desc, [row, first], bar, smem.index(slot * ENTRIES + e))
 
 
 @gluon.jit
@@ -105,9 +103,9 @@ def _producer(
         for j in range(blocks):
             mbarrier.wait(free.index(slot), phase)
             mbarrier.expect(k_full.index(slot), ENTRIES * k_desc.block_type.nbytes)
-            _load_keys(k_desc, k_full.index(slot), k_smem, slot, unit_list, j, last, k_row, ENTRIES, UNIT)
+            _load(k_desc, k_full.index(slot), k_smem, slot, unit_list, j, last, k_row, ENTRIES, UNIT, True)
             mbarrier.expect(v_full.index(slot), ENTRIES * v_desc.block_type.nbytes)
-            _load_values(v_desc, v_full.index(slot), v_smem, slot, unit_list, j, last, v_row, ENTRIES, UNIT)
+            _load(v_desc, v_full.index(slot), v_smem, slot, unit_list, j, last, v_row, ENTRIES, UNIT, False)
             slot, phase = _next_slot(slot, phase, STAGES)
         mbarrier.wait(free.index(slot), phase)
         mbarrier.arrive(k_full.index(slot), count=1)  # consumers wait for a block more than there is
@@ -728,6 +726,13 @@ def default_stages(dp: int, dvp: int, consumers: int, programs: int, item: int =
     return min(4, room // (block_n * (dp + dvp)))
 
 
+def default_programs(dp: int, dvp: int, consumers: int, item: int = 2, block_n: int = 128) -> int:
+    """Programs that share a multiprocessor where nothing has been tuned; arguments as of :func:`default_stages`."""
+    if consumers > 1 or default_stages(dp, dvp, consumers, 2, item, block_n) < FEWEST_STAGES:
+        return 1
+    return 2
+
+
 def alignment(out: torch.Tensor) -> int:
     """Elements, a power of two of at most 16 bytes, that divide all that a row of ``out`` may start or end at."""
     size = out.element_size()
@@ -808,8 +813,7 @@ def launch(
     slots, unit, runs = tables.slots, tables.unit, packed.q_scale.shape[-1]
     consumers = consumers or default_consumers(slots)
     item = out.element_size()
-    if programs is None:
-        programs = 2 if consumers == 1 and default_stages(dp, dvp, 1, 2, item, block_n) >= FEWEST_STAGES else 1
+    programs = programs or default_programs(dp, dvp, consumers, item, block_n)
     stages = stages or default_stages(dp, dvp, consumers, programs, item, block_n)
     reason = (
         why_not_slots(slots, block_n)
