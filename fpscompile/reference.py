@@ -79,7 +79,9 @@ def attention(
         one = slice(b, b + 1)
         bias = _bias(key_mask, b, heads, dtype, q.device)
         if resolved.plan.quant == "fp8":
-            output, lse = _fp8(q[one], k[one], v[one], resolved, p, _of(key_mask, b), bias, scale, dtype, mask)
+            output, lse, unrounded = _fp8(
+                q[one], k[one], v[one], resolved, p, _of(key_mask, b), bias, scale, dtype, mask
+            )
         else:
             operands = tuple(x[b].to(dtype) for x in (q, k, v))
             shift = None
@@ -92,11 +94,11 @@ def attention(
             if bias is not None:
                 scores = scores + bias
             weights, lse = _softmax(scores.masked_fill(~visible, NEG_INF))
-            output = weights @ values
+            output = unrounded = weights @ values
             lse = lse if shift is None else lse + shift
         if resolved.plan.remainder == "means":
             seen = mask.to_dense(resolved.k_layout.n_tiles)[p].to(q.device)
-            output, lse = _with_means(output, lse, q[b], k[b], v[b], resolved, seen, bias, scale, dtype)
+            output, lse = _with_means(output, unrounded, lse, q[b], k[b], v[b], resolved, seen, bias, scale, dtype)
         outputs.append(output)
         sums.append(lse)
     lse_dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
@@ -105,6 +107,7 @@ def attention(
 
 def _with_means(
     output: torch.Tensor,
+    unrounded: torch.Tensor,
     lse: torch.Tensor,
     q: torch.Tensor,
     k: torch.Tensor,
@@ -116,7 +119,8 @@ def _with_means(
     dtype: torch.dtype,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(output, log-sum-exp) where every tile that a query does not see is one more key of it, the mean of its tokens;
-    see :mod:`fpscompile.remainder`. ``seen`` is bool [1 | H, q_tiles, k_tiles]."""
+    see :mod:`fpscompile.remainder`. ``seen`` is bool [1 | H, q_tiles, k_tiles]; ``unrounded`` is the output but for the
+    rounding of P, which the share of the seen tiles takes its gradient from."""
     group = q.shape[0] // k.shape[0]
     k, v = (x.to(dtype).repeat_interleave(group, dim=0) for x in (k, v))
     keys, values, counts = [], [], []
@@ -137,7 +141,8 @@ def _with_means(
     lse, means_lse = (x.masked_fill(nothing, 0.0) for x in (lse, means_lse))  # both outputs are zero there
     both = torch.logaddexp(lse, means_lse)
     kept, share = ((x - both).exp()[..., None] for x in (lse, means_lse))
-    return kept * output + share * (weights @ torch.stack(values, 1)), both.masked_fill(nothing, NEG_INF)
+    output = kept * output + (kept - kept.detach()) * (unrounded - output).detach()
+    return output + share * (weights @ torch.stack(values, 1)), both.masked_fill(nothing, NEG_INF)
 
 
 def _fp8(
@@ -151,8 +156,8 @@ def _fp8(
     scale: float,
     dtype: torch.dtype,
     mask: BlockMask,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """(output [H, Lq, Dv], log-sum-exp [H, Lq]) of a batch of one."""
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(output [H, Lq, Dv], log-sum-exp [H, Lq], output without the rounding of P) of a batch of one."""
     plan, q_layout, k_layout = resolved.plan, resolved.q_layout, resolved.k_layout
     group = q.shape[1] // k.shape[1]
     with torch.no_grad():
@@ -170,10 +175,10 @@ def _fp8(
     slots = k_layout.slots(tile_slots(plan.tile, plan.block_n))
     q_tiles = q_layout.order().split(q_layout.sizes().tolist())
     inverse = torch.argsort(q_layout.order())
-    outputs, sums = [], []
+    outputs, sums, unrounded = [], [], []
     for head in range(q.shape[1]):
         mask_head = head if mask.kv_num_blocks.shape[1] > 1 else 0
-        tiles_out, tiles_lse = [], []
+        tiles_out, tiles_lse, tiles_unrounded = [], [], []
         for tile, q_tokens in enumerate(q_tiles):
             count = int(mask.kv_num_blocks[phase, mask_head, tile])
             listed = slots[mask.kv_indices[phase, mask_head, tile, :count].long().cpu()].flatten()
@@ -188,11 +193,13 @@ def _fp8(
             values = v_hat[head // group, tokens].masked_fill((listed < 0).to(q.device)[:, None], 0.0)
             added = mean[0, head // group].masked_fill(lse[:, None] == NEG_INF, 0.0)
             tiles_out.append(_straight_through(weights, rounded) @ values + added)
+            tiles_unrounded.append((weights @ values + added).detach())
             tiles_lse.append(lse)
         outputs.append(torch.cat(tiles_out)[inverse])
+        unrounded.append(torch.cat(tiles_unrounded)[inverse])
         sums.append(torch.cat(tiles_lse)[inverse])
     lse = torch.stack(sums)
-    return torch.stack(outputs), lse if shift is None else lse + shift[0]
+    return torch.stack(outputs), lse if shift is None else lse + shift[0], torch.stack(unrounded)
 
 
 def _int8(

@@ -17,8 +17,8 @@ What a lowering computed over its own tiles is merged by log-sum-exps with atten
 
     lse = logaddexp(lse_tiles, lse_means)      out = out_tiles + exp(lse_means - lse) * (out_means - out_tiles)
 
-Gradients need no merging: with ``out`` and ``lse`` of the whole, each side gives its own share. With FP8 the rounding
-of P is then part of ``delta = rowsum(dO * out)``, which it is not in :mod:`fpscompile.reference`.
+Gradients need no merging: with ``lse`` and ``delta`` of the whole, each side gives its own share. ``delta`` is
+``rowsum(dO * out)`` for a lowering that takes that; others sum ``P * dP`` over their own keys and these.
 """
 
 from __future__ import annotations
@@ -92,7 +92,7 @@ def gradients(
     out: torch.Tensor,
     lse: torch.Tensor,
     *,
-    takes_share: bool,
+    sums_delta: bool,
     key_mask: torch.Tensor | None,
     phases: torch.Tensor | tuple[int, ...],
     resolved: ResolvedPlan,
@@ -103,8 +103,8 @@ def gradients(
 
     Args:
         own: the lowering's backward of this call.
-        takes_share: whether it sums delta = rowsum(P * dP) over its own keys, and asks for the means' ``share`` of it;
-            others take rowsum(dO * out), which is of all keys.
+        sums_delta: whether it sums delta = rowsum(P * dP) over its own keys, adds them to what the means have put into
+            its argument ``delta``, and leaves the sum there; others take rowsum(dO * out), which is of all keys.
         out, lse: what :func:`add` returned.
     """
     if out.numel() == 0 or not _drops(resolved, block_mask):
@@ -113,13 +113,19 @@ def gradients(
     means = TileKeys.of(k, v, key_mask, layout, q.shape[1])
     visible = visible_keys(key_mask, k.shape[0], k.shape[1], q.shape[1])
     pieces = functools.partial(_pieces, q, means, phases, resolved, block_mask)
-    if takes_share:
+    keys, values, delta = means.keys, means.values, None
+    if sums_delta:
+        # Without V's mean, here too: half of a half-precision number's digits may be spent on it. It adds dO . mean to
+        # all of dP, and to delta.
+        centre = key_mean(v, visible)
+        values = (values - _of_heads(centre, values.shape[1])).to(values.dtype)
+        common = (grad_out.to(centre.dtype) * _of_heads(centre, q.shape[1])).sum(-1)
         smoothed = plan.quant != "none" and plan.smooth_v
-        share = _share_of_delta(grad_out, q, lse, means, key_mean(v, visible), smoothed, pieces(), scale)
-        dq, dk, dv = own(share=share)
+        delta = _delta_of_means(grad_out, q, lse, means, values, 0.0 if smoothed else common, pieces(), scale)
+        dq, dk, dv = own(delta=delta)
+        delta = delta if smoothed else delta - common
     else:
         dq, dk, dv = own()
-    keys = means.keys
     if plan.quant != "none" and plan.smooth_k:
         # The lowering's keys are without their mean. Rows of dS sum to zero over tiles and means together, so the mean
         # drops out of dq if both leave it out.
@@ -130,7 +136,8 @@ def gradients(
     d_keys, d_values = (torch.zeros(x.shape, dtype=wide, device=x.device) for x in (keys, means.values))
     for at, rows, bias in pieces():
         part_dq, part_dk, part_dv = dense.backward(
-            grad_out[at, :, rows].to(q.dtype), q[at, :, rows], keys[at], means.values[at], out[at, :, rows],
+            grad_out[at, :, rows].to(q.dtype), q[at, :, rows], keys[at], values[at],
+            out[at, :, rows] if delta is None else _with_product(grad_out[at, :, rows], delta[at, :, rows], q.dtype),
             lse[at, :, rows].contiguous(), bias, scale,
         )  # fmt: skip
         dq[at, :, rows] += part_dq
@@ -146,31 +153,43 @@ def gradients(
     return dq, dk, dv
 
 
-def _share_of_delta(
+def _delta_of_means(
     grad_out: torch.Tensor,
     q: torch.Tensor,
     lse: torch.Tensor,
     means: TileKeys,
-    common: torch.Tensor,
-    smoothed: bool,
+    values: torch.Tensor,
+    common: torch.Tensor | float,
     pieces: Iterator[Piece],
     scale: float,
 ) -> torch.Tensor:
     """[B, H, Lq]: what the means add to rowsum(P * dP).
 
     Args:
-        common: [B, Hk, 1, Dv], V's mean. It stays exact here, which it would not in a part of half precision.
-        smoothed: the lowering's own values are without it.
+        values: of the means, in place of their own.
+        common: [B, H, Lq], to be added to dP.
     """
     wide = work_dtype(q.dtype)
-    share = torch.zeros(lse.shape, dtype=wide, device=lse.device)
-    values = (means.values - _of_heads(common, means.values.shape[1])).to(means.values.dtype)
-    common = _of_heads(torch.zeros_like(common) if smoothed else common, q.shape[1])
+    delta, weights = (torch.zeros(lse.shape, dtype=wide, device=lse.device) for _ in range(2))
     for at, rows, bias in pieces:
         part, part_lse = dense.forward(q[at, :, rows], means.keys[at], values[at], bias, scale)
         weight = (part_lse - lse[at, :, rows]).exp().masked_fill(part_lse == -math.inf, 0.0)
-        share[at, :, rows] = (grad_out[at, :, rows].to(wide) * (part.to(wide) + common[at])).sum(-1) * weight
-    return share
+        delta[at, :, rows] = (grad_out[at, :, rows].to(wide) * part.to(wide)).sum(-1) * weight
+        weights[at, :, rows] = weight
+    return delta.add_(weights * common)
+
+
+def _with_product(grad: torch.Tensor, delta: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """A stand-in for ``out``: rows along those of ``grad`` [..., D] whose product with them is ``delta`` [...].
+
+    A dense backward asks for ``out`` only to compute that. Along ``grad`` all terms have one sign, so that rounding to
+    half precision costs ``delta`` none of its digits.
+    """
+    grad = grad.to(delta.dtype)
+    top = grad.abs().amax(-1, keepdim=True)
+    unit = grad / top.masked_fill(top == 0, 1.0)
+    squares = unit.square().sum(-1, keepdim=True)
+    return (unit * (delta[..., None] / (top * squares).masked_fill(top == 0, 1.0))).to(dtype)
 
 
 def _of_heads(x: torch.Tensor, heads: int) -> torch.Tensor:

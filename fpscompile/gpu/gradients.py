@@ -34,7 +34,7 @@ from fpscompile.gpu.binary import refuse_damaged
 from fpscompile.gpu.call import head_strides, launching, phase_tensor, spec_of, why_not
 from fpscompile.gpu.config import padded
 from fpscompile.gpu.operands import KeyBias, Packed
-from fpscompile.gpu.tables import Tables, in_slots, tables_of
+from fpscompile.gpu.tables import Tables, in_slots, of_tokens, tables_of
 from fpscompile.hadamard import unrotate
 from fpscompile.kernel_spec import KernelSpec
 from fpscompile.masks import BlockMask
@@ -132,7 +132,7 @@ def backward(
     scale: float,
     block_mask: BlockMask | None = None,
     config: GradientConfig | None = None,
-    share: torch.Tensor | None = None,
+    delta: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Gradients of q, k and v in their shapes and dtypes, each the transpose of a contiguous [B, L, H, D].
 
@@ -140,8 +140,8 @@ def backward(
         grad_out: [B, H, Lq, Dv], any strides.
         out, lse: what :func:`fpscompile.lowerings.triton.forward` returned. ``out`` is not read with ``quant="fp8"``.
         config: instead of the rule's; see :func:`default_config`.
-        share: float32 [B, H, Lq], with ``quant="fp8"``: what keys that the block mask does not list, and ``lse`` does
-            cover, add to ``delta``.
+        delta: float32 [B, H, Lq], with ``quant="fp8"``: what keys that the block mask does not list, and ``lse`` does
+            cover, add to rowsum(P * dP), which is there afterwards.
         The rest as in the forward.
 
     Raises:
@@ -166,10 +166,13 @@ def backward(
             granularities = tuple(phase.granularity for phase in resolved.plan.phases)
             packed = operands.pack(q, k, v, key_mask, phase, spec, tables, granularities, scale)
         bias = None if key_mask is None else operands.key_bias(key_mask, tables)
+        slot_delta = None if delta is None else in_slots(delta, tables.q_token, 0.0)
         for launch in launches(
-            grad_out, q, k, v, out, lse, dq, dk, dv, packed, bias, phase, tables, spec, config, scale, share
+            grad_out, q, k, v, out, lse, dq, dk, dv, packed, bias, phase, tables, spec, config, scale, slot_delta
         ):
             refuse_damaged(launch.kernel[launch.grid](*launch.args, **launch.options))
+        if delta is not None and slot_delta is not None:
+            delta.copy_(of_tokens(slot_delta, tables.q_token, q.shape[2]))
     if spec.hadamard:
         dq, dk = (unrotate(x, q.shape[-1]).to(q.dtype).contiguous() for x in (dq, dk))
     return dq.transpose(1, 2), dk.transpose(1, 2), dv.transpose(1, 2)
@@ -201,10 +204,12 @@ def launches(
     spec: KernelSpec,
     config: GradientConfig,
     scale: float,
-    share: torch.Tensor | None = None,
+    shared_delta: torch.Tensor | None = None,
 ) -> Iterator[Launch]:
     """What :func:`backward` runs, in order; dq, dk and dv are contiguous [B, L, H, D], rotated (and float32)
     where the spec rotates Q and K.
+
+    ``shared_delta``, [B, H, query slots]: what other keys add to delta; the sum is there afterwards.
 
     Tensors may be on the meta device, for a compiler that looks at launches without a GPU.
     """
@@ -214,7 +219,7 @@ def launches(
     group = heads // key_heads
     keys, queries = tables.keys, tables.queries
     lse2 = lse.new_empty(batch, heads, tables.q_slots)
-    delta = torch.empty_like(lse2) if share is None else in_slots(share, tables.q_token, 0.0)
+    delta = torch.empty_like(lse2) if shared_delta is None else shared_delta
 
     # A block never leaves its tile, a block of keys not even its unit. With FP8, dk and dv read what dq leaves behind
     # for every slot of a listed unit.
@@ -246,7 +251,7 @@ def launches(
         dq_inputs = (packed.q, packed.k, packed.v, grad8, lse, dq, lse2, delta)
         dq_inputs += (*scales[:2], packed.lse_shift, running, blocks)
         v16 = torch.empty(at_once, dvp, tables.k_slots, dtype=torch.bfloat16, device=q.device)
-        dq_options["SHARED"] = share is not None
+        dq_options["SHARED"] = shared_delta is not None
         dk_inputs = (packed.q, packed.k, v16, grad8, lse2, delta, dk, dv, *scales, running, blocks, _ranks(tables))
     if bias is not None:
         dq_inputs += (bias.bias, bias.state, *head_strides(bias.bias), *head_strides(bias.state))

@@ -95,6 +95,12 @@ def in_slots(x: torch.Tensor, token: torch.Tensor, fill: float) -> torch.Tensor:
     return x.index_select(-1, token.clamp(min=0)).masked_fill_(token < 0, fill)
 
 
+def of_tokens(x: torch.Tensor, token: torch.Tensor, length: int) -> torch.Tensor:
+    """[..., slots] in the order of the sequence: the inverse of :func:`in_slots`, [..., length]."""
+    place = torch.where(token < 0, length, token).long()  # padding goes behind the last
+    return x.new_empty(*x.shape[:-1], length + 1).index_copy_(-1, place, x)[..., :length]
+
+
 _cache: OrderedDict[tuple[ResolvedPlan, torch.device], Tables] = OrderedDict()
 _lock = threading.Lock()
 

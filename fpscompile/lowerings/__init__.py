@@ -16,7 +16,8 @@ A lowering is a module with two functions::
 
 Modules are imported on first use. :func:`forward` and :func:`backward` here run one and add what the plan's
 ``remainder`` asks for; a module that does this itself says ``SERVES_REMAINDER = True``.
-A backward that sums delta = rowsum(P * dP) over its own keys takes what the remainder adds to it as ``share``.
+A backward that sums delta = rowsum(P * dP) over its own keys takes ``delta``, which holds what the remainder adds, and
+leaves the sum there.
 """
 
 from __future__ import annotations
@@ -111,18 +112,18 @@ def backward(
     from fpscompile import remainder
 
     own = functools.partial(lowering.backward, grad_out, q, k, v, out, lse, **call)
-    takes_share = lowering is get("gather") or call["resolved"].plan.quant == "fp8"
-    return remainder.gradients(own, grad_out, q, k, v, out, lse, takes_share=takes_share, **call)
+    sums_delta = lowering is get("gather") or call["resolved"].plan.quant == "fp8"
+    return remainder.gradients(own, grad_out, q, k, v, out, lse, sums_delta=sums_delta, **call)
 
 
 def gathers_gradients(plan: Plan) -> bool:
     """Whether gradients come from ``gather`` although another lowering computes the output: an FP8 backward beside
-    means has to take their share of delta."""
+    means has to sum delta over both."""
     if plan.remainder == "none" or plan.quant != "fp8":
         return False
     lowering = get(plan.lowering)
     served = getattr(lowering, "SERVES_REMAINDER", False)
-    return not served and "share" not in inspect.signature(lowering.backward).parameters
+    return not served and "delta" not in inspect.signature(lowering.backward).parameters
 
 
 def _added(lowering: Lowering, resolved: ResolvedPlan) -> bool:

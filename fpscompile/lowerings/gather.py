@@ -188,16 +188,16 @@ def backward(
     resolved: ResolvedPlan,
     scale: float,
     block_mask: BlockMask | None = None,
-    share: torch.Tensor | None = None,
+    delta: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Gradients of q, k and v in their shapes and dtypes, each the transpose of a contiguous [B, L, H, D].
 
     Args:
         grad_out: [B, H, Lq, Dv].
         out, lse: what :func:`forward` returned. ``out`` is not read, nor is ``lse`` with ``quant="fp8"``, which
-            replays the rounding, unless there is a ``share``.
-        share: [B, H, Lq]: ``lse`` covers more keys than the listed ones, and they add this to rowsum(P * dP). The
-            gradients are those of the listed keys.
+            replays the rounding, unless there is a ``delta``.
+        delta: [B, H, Lq]: ``lse`` covers more keys than the listed ones, and they add this to rowsum(P * dP), which
+            is there afterwards. The gradients are those of the listed keys.
         The rest as in :func:`forward`.
     """
     dtype = work_dtype(q.dtype)
@@ -207,7 +207,7 @@ def backward(
         part_grad, part_lse, part_dq = several.heads_of(grad_out), several.heads_of(lse), several.empty(dq)
         dk_slots, dv_slots = torch.zeros_like(element.k), torch.zeros_like(element.v)
         smoothed = (part_lse if element.lse_shift is None else part_lse - element.lse_shift).unsqueeze(-1)
-        part_share = None if share is None else several.heads_of(share).unsqueeze(-1)
+        part_delta = None if delta is None else several.heads_of(delta)
         for part, chunk in pieces:
             queries = _take(element.q[part.queries], chunk, part)
             keys, values = _keys(element, chunk, part)
@@ -215,7 +215,7 @@ def backward(
             grad = _take(part_grad[part.queries], chunk, part).to(dtype)
             if resolved.plan.quant == "fp8":
                 softmax, weights, own_lse = _rounded(scores, resolved.plan.block_n, resolved.plan.p_scale)
-                if part_share is not None:
+                if part_delta is not None:
                     held = (own_lse[..., None] - _finite(_take(smoothed[part.queries], chunk, part))).exp_()
                     softmax, weights = softmax * held, weights * held
             else:
@@ -224,15 +224,19 @@ def backward(
             d_weights = grad @ values.mT
             # Not rowsum(dO * out): out carries its own rounding, to bf16 say, and a common part of all keys, which
             # cancels only while rows of dS sum to zero, would amplify it.
-            delta = (softmax * d_weights).sum(-1, keepdim=True)
-            if part_share is not None:
-                delta += _take(part_share[part.queries], chunk, part)
-            d_scores = d_weights.sub_(delta).mul_(softmax)
+            row_delta = (softmax * d_weights).sum(-1, keepdim=True)
+            if part_delta is not None:
+                of_rows = part_delta[part.queries].unsqueeze(-1)
+                row_delta += _take(of_rows, chunk, part)
+                _put(of_rows, row_delta, chunk, part)
+            d_scores = d_weights.sub_(row_delta).mul_(softmax)
             d_queries = (d_scores @ keys).mul_(scale)
             _put(part_dq[part.queries], unrotate(d_queries, q.shape[-1]) if rotated else d_queries, chunk, part)
             _add_listed(dk_slots[part.keys], d_scores.mT @ queries, chunk)  # the queries carry the softmax scale
             _add_listed(dv_slots[part.keys], weights.mT @ grad, chunk)
         d_keys = _from_slots(dk_slots, resolved.k_layout)
+        if delta is not None and part_delta is not None:
+            several.store(delta, part_delta)
         several.store(dq, part_dq)
         several.store(dk, unrotate(d_keys, k.shape[-1]) if rotated else d_keys)
         several.store(dv, _from_slots(dv_slots, resolved.k_layout))

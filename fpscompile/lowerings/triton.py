@@ -237,12 +237,12 @@ def backward(
     resolved: ResolvedPlan,
     scale: float,
     block_mask: BlockMask | None = None,
-    share: torch.Tensor | None = None,
+    delta: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Gradients of q, k and v; see :mod:`fpscompile.gpu.gradients`."""
     return gradients.backward(
         grad_out, q, k, v, out, lse,
-        key_mask=key_mask, phases=phases, resolved=resolved, scale=scale, block_mask=block_mask, share=share,
+        key_mask=key_mask, phases=phases, resolved=resolved, scale=scale, block_mask=block_mask, delta=delta,
     )  # fmt: skip
 
 

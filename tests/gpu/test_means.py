@@ -79,7 +79,7 @@ def test_fp8_gradients_under_smoothing(smooth):
     grad = torch.randn_like(out)
     grads = lowerings.backward(lowerings.get("triton"), grad, q, k, v, out, lse, key_mask=None, **call)
     for got, one in zip(grads, torch.autograd.grad(want, leaves, grad.float()), strict=True):
-        assert off(got, one) < 2e-2
+        assert off(got, one) < 1.5e-2
 
 
 @pytest.mark.parametrize("dim", [40, 128])
