@@ -85,11 +85,16 @@ def _render(template: str, spec: KernelSpec, config: KernelConfig | None) -> str
     subtile = spec.quant == "fp8" and "subtile" in spec.granularities and slots >= SUBTILE
     unit = min(slots, spec.block_n)
     block_m = 0 if config is None else rows_of(config, spec)
+    rows = held_rows(slots, padded(spec.head_dim))
     rotation = spec.product_dim if spec.quant == "fp8" and spec.hadamard else 0
+    # Two looks for the maximum in one basic block: the second's loads are under way during the first. With a rotation,
+    # a full program would spill for it.
+    unrolled = slots <= 2 * rows and (not rotation or rows * padded(spec.head_dim) < HELD)
     values: dict[str, Any] = {
         "header": header(template, spec, config),
         "slots": slots,
-        "rows": held_rows(slots, padded(spec.head_dim)),
+        "rows": rows,
+        "steps": "tl.static_range" if unrolled else "range",
         "run": SUBTILE,
         "runs": slots // SUBTILE if subtile else 1,
         "fp8": name,
