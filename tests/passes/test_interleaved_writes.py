@@ -112,6 +112,28 @@ def test_a_device_other_than_the_cpu_gets_its_own_spelling() -> None:
     assert graphs.count("where") == 1
 
 
+def normalized(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    return wan(torch.nn.functional.rms_norm(x, (8,)), cos, sin)
+
+
+def by_hand(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    return wan((x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-6)).to(x.dtype), cos, sin)
+
+
+def projected(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """The normalization is not of what the product leaves in memory."""
+    return wan(torch.nn.functional.rms_norm(x, (8,)) @ x.new_ones(8, 8), cos, sin)
+
+
+@pytest.mark.parametrize(("rotary", "form"), [(normalized, "stack"), (by_hand, "stack"), (projected, "where")])
+def test_behind_a_normalization_a_gpu_gets_a_stack(rotary: Rotary, form: str) -> None:
+    torch._dynamo.reset()
+    graphs = Graphs()
+    torch.compile(rotary, backend=graphs.backend)(*(x.to("meta") for x in inputs(torch.bfloat16)))
+    assert graphs.count("setitem") == 0
+    assert (graphs.count("stack"), graphs.count("where")) == ((1, 0) if form == "stack" else (0, 1))
+
+
 def test_lengths_may_be_symbols(form: str) -> None:
     """Frames of patches of two rows, which may be none for all the sizes say; other sizes run the same graph."""
 
