@@ -237,11 +237,6 @@ def attention_gpu(report: dict[str, Any]) -> list[Row]:
     return out
 
 
-def attention_gpu_before(report: dict[str, Any]) -> list[Row]:
-    """The cases that have not been measured since the kernel's last change."""
-    return [(f"{what}, before the kernel's last change", figure, aim) for what, figure, aim in attention_gpu(report)]
-
-
 def model_gpu(report: dict[str, Any]) -> list[Row]:
     """A whole transformer step on a GPU."""
     aims = {"fps": ">= 2.6x", "fps, fp8 linears": ">= 4.96x"}
@@ -274,7 +269,6 @@ def remainder_gpu(report: dict[str, Any]) -> list[Row]:
 
 GPU_SECTIONS = {
     "attention_gpu": attention_gpu,
-    "attention_gpu_before": attention_gpu_before,
     "remainder_gpu": remainder_gpu,
     "model_gpu": model_gpu,
     "model_two_gpus": model_gpu,

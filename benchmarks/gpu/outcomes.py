@@ -71,6 +71,21 @@ with pieces on two streams in turn, so that one's start would fill the other's e
 30.7 ms at density 0.2 and 14.5 to 15.2 at 0.09, against 29.3 to 30.1 and 14.6 on one stream. A program of attention
 takes all registers of a multiprocessor, and what the pre-pass takes of the power attention lacks.
 
+**The pre-pass itself**, milliseconds for all heads of Q or of K of the same case, each value the least of three; a copy
+of as many bytes takes 0.276. What counts is how many bytes are under way, not how many instructions there are:
+
+| change | Q | K |
+|---|---|---|
+| 128 slots at a time, maxima by rows, every value checked for NaN by itself | 0.348 | 0.347 |
+| half as many instructions (maxima elementwise that NaN passes through, a product less per quotient) | 0.376 | 0.362 |
+| that, with maxima of eight neighbours: 74 registers for 127, three programs at a time for two | 0.312 | 0.329 |
+| that, both looks for the maximum in one block of code: the pre-pass as it is | 0.312 | 0.310 |
+| that, all of the tile held in half precision | 0.301 | 0.314 |
+| 64 slots at a time | 0.377 | 0.384 |
+| loads by cp.async, two to four stages | 0.390 to 0.478 | 0.377 to 0.448 |
+
+V, transposed, took 0.326 for 32 slots at a time, and takes 0.292 for 64.
+
 **The busiest tiles first.** A tile of text meets every key. It used to be the last of a head, so that each piece ended
 with a few multiprocessors at work on text alone. Now programs take the tiles that meet most others first, milliseconds
 before and after, medians of three rounds: HunyuanVideo, tile 11x9x5, density 0.19: 45.4 and 42.7; tile 3x5x16, density
@@ -108,8 +123,8 @@ run: cards differ by more than the changes):
 | that, and the next keys waited for early: the kernel as it is | 28.4, 28.8, 28.7, 28.8 | 28.9, 28.9, 29.3, 29.8 |
 | eleven heads at a time, not ten: 182 rounds of programs, not 184 | 28.3, 28.6, 28.8, 28.5 | 28.6, 28.5, 28.8, 29.0 |
 
-Outputs are the same to the bit. Eleven heads' FP8 copies take 28 MiB more than ten's, which the memory of whole steps
-has not been measured with. What did not pay, against the kernel before:
+Outputs are the same to the bit. Eleven heads' FP8 copies take 28 MiB more than ten's; whole steps of Wan 14B do not
+notice: their peak is where queries and keys are rotated. What did not pay, against the kernel before:
 
 | change | with it | the kernel before |
 |---|---|---|
@@ -247,7 +262,7 @@ def bound(report: dict[str, Any], profile: dict[str, Any], model: dict[str, Any]
 
 def main() -> None:
     report, earlier, predictions = load("attention_gpu"), load("attention_gpu_earlier"), load("gpu_predictions")
-    profile, model, before_last = load("profile_model"), load("model_gpu"), load("attention_gpu_before")
+    profile, model = load("profile_model"), load("model_gpu")
     others = [row for row in earlier["rows"] if row["kernel"].startswith("fps none")]
     table, rank = beside(report["rows"] + others, predictions["predictions"])
     machine, peaks, before = report["machine"], report["ceilings"], earlier["ceilings"]
@@ -264,15 +279,12 @@ besides.
 {measured_table(report)}
 
 All rows are of one run, in {report["rounds"]} rounds that time every kernel of a case in turn: all meet a card at its
-power limit. Before the kernel's last change ("Where the cycles go"), runs of the same kind on two other cards gave
-6.95x and 6.97x for tile 7x9x4 at density 0.2, and 819 TFLOP/s. Errors are relative L2, 512 rows of one head, random
-normal inputs, same mask: for FP8 they are E4M3's. The speed on kept pairs is over the total less the pre-pass, which is
-timed by itself; where it is a third of the total (Wan 1.3B, CogVideoX), that speed is too noisy to be read.
-
-Two cases have not been measured since that change; as it was before, on a card with bf16 matmul
-{before_last["ceilings"]["bf16_tflops"]:.0f} and FP8 matmul {before_last["ceilings"]["fp8_tflops"]:.0f} TFLOP/s:
-
-{measured_table(before_last)}
+power limit. Cards differ: runs of the same kind on others, tile 7x9x4, density 0.2, gave 6.95x and 6.97x before the
+kernel's last change ("Where the cycles go"), and with it, but the pre-pass as it was, 7.05x (28.7 ms, 857 TFLOP/s;
+cuDNN took 203 ms). That change did not serve 64 features: CogVideoX at density 1.0 took 8.70 ms with tile 13x2x9 and
+10.22 with 4x8x8 before it. Errors are relative L2, 512 rows of one head, random normal inputs, same mask: for FP8 they
+are E4M3's. The speed on kept pairs is over the total less the pre-pass, timed by itself; where that is a third of the
+total (Wan 1.3B, CogVideoX), the speed is too noisy to be read.
 
 ## An earlier run
 
@@ -295,9 +307,8 @@ tile 7x9x4, density 0.2: 576 and 682.
 {CYCLES}
 ## What a step is made of
 
-Measured before the kernel's last change, as are the whole steps of the README. Kernels of one step of Wan 14B at 720p,
-cut to {profile["layers"]} blocks, tile 7x9x4, density 0.2, each column of a run of its own, on a
-{profile["machine"]["gpu"]} (`benchmarks/gpu/profile_model.py`):
+Kernels of one step of Wan 14B at 720p, cut to {profile["layers"]} blocks, tile 7x9x4, density 0.2, each column of a run
+of its own, on a {profile["machine"]["gpu"]} (`benchmarks/gpu/profile_model.py`):
 
 {step_table(profile)}
 
