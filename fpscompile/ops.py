@@ -100,6 +100,9 @@ def _attention(
     _check_tensors(query, key, value, key_mask)
     resolved = _resolve(query, key, grid, published_grid, query_span, key_span, plan)
     lowering = lowerings.get(resolved.plan.lowering)
+    if query.shape[0] == 0:
+        _check_phases(phase, 0)
+        return _attention_fake(query, key, value)  # which has no element to be wrong
     scale = query.shape[-1] ** -0.5 if scale is None else scale
     call = _arguments(query, key, key_mask, phase, resolved, scale, selection, lowering)
     return lowerings.forward(lowering, query, key, value, **call)
@@ -135,6 +138,8 @@ def _attention_backward(
     plan: str,
     selection: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    if query.shape[0] == 0:
+        return _attention_backward_fake(grad_output, query, key, value)
     resolved = _resolve(query, key, grid, published_grid, query_span, key_span, plan)
     lowering = _of_gradients(resolved)
     scale = query.shape[-1] ** -0.5 if scale is None else scale
@@ -209,6 +214,8 @@ def _select_tiles(
 ) -> torch.Tensor:
     resolved = _resolve(query, key, grid, published_grid, query_span, key_span, plan)
     _check_phases(phase, query.shape[0])
+    if query.shape[0] == 0:
+        return _select_tiles_fake(query, capacity)
     selected = selection_of.select(query, key, phase=phase, resolved=resolved, key_mask=key_mask, scale=scale)
     return selection_of.pack(selected, capacity)
 
@@ -358,6 +365,9 @@ def _arguments(
     if not resolved.dynamic:
         phases = _phases(phase, query.shape[0], len(resolved.windows), lowering)
         return {"key_mask": key_mask, "phases": phases, "resolved": resolved, "scale": scale}
+    if "block_mask" not in inspect.signature(lowering.forward).parameters:
+        for index in range(len(resolved.windows)):
+            resolved.product_window(index)  # raises: this lowering serves no other
     each = _phase_numbers(phase, query.shape[0], len(resolved.windows))
     resolved, mask = selection_of.masks_of_call(selection, query, key, key_mask, each, resolved, scale)
     phases = tuple(range(len(each)))

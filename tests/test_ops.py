@@ -14,6 +14,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from fpscompile import lowerings, ops, reference
 from fpscompile.errors import GridError, OptionError, UnsupportedError
 from fpscompile.plan import PhasePlan, Plan, resolve
+from fpscompile.windows import TopK
 
 GRID = (3, 4, 5)
 TEXT = 2
@@ -268,6 +269,29 @@ def test_bad_calls(position, value, error, message):
     if position == 6:
         args[5] = []
     with pytest.raises(error, match=message):
+        attention(*args)
+
+
+@pytest.mark.parametrize("lowering", ["boxes", "gather", "reference"])
+@pytest.mark.parametrize(("quant", "remainder"), [("none", "none"), ("none", "means"), ("fp8", "means")])
+@pytest.mark.parametrize("window", [(1, 1, 1), TopK(density=0.3)], ids=str)
+def test_a_batch_of_nothing(lowering, quant, remainder, window):
+    args = make_args(lowering=lowering, phase=(0,), mask=torch.ones(1, 1, 1, LENGTH, dtype=torch.bool))
+    plan = Plan(PLAN.tile, (PhasePlan(window),), lowering=lowering, quant=quant, remainder=remainder)
+    args[:3], args[10] = (x.detach()[:0].requires_grad_() for x in args[:3]), plan.to_json()
+    out, lse = attention(*args)
+    assert (out.shape, lse.shape) == ((0, 2, LENGTH, 8), (0, 2, LENGTH))
+    grads = torch.autograd.grad(out.sum(), args[:3])
+    assert [x.shape for x in grads] == [x.shape for x in args[:3]]
+    args[4] = torch.zeros(0, dtype=torch.int32)
+    with pytest.raises(UnsupportedError, match="0 phases for a batch of 0"):
+        attention(*args)
+
+
+def test_tiles_chosen_by_content_need_a_lowering_for_them():
+    args = make_args(lowering="boxes", phase=(0,))
+    args[10] = Plan(PLAN.tile, (PhasePlan(TopK(density=0.3)),), lowering="boxes").to_json()
+    with pytest.raises(UnsupportedError, match=r"lowering 'boxes' serves products.*'topk 0.3' is none: use lowering="):
         attention(*args)
 
 
