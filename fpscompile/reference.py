@@ -95,7 +95,7 @@ def attention(
                 scores = scores + bias
             weights, lse = _softmax(scores.masked_fill(~visible, NEG_INF))
             output = unrounded = weights @ values
-            lse = lse if shift is None else lse + shift
+            lse = _shifted(lse, shift)
         if resolved.plan.remainder == "means":
             seen = mask.to_dense(resolved.k_layout.n_tiles)[p].to(q.device)
             output, lse = _with_means(output, unrounded, lse, q[b], k[b], v[b], resolved, seen, bias, scale, dtype)
@@ -199,7 +199,12 @@ def _fp8(
         unrounded.append(torch.cat(tiles_unrounded)[inverse])
         sums.append(torch.cat(tiles_lse)[inverse])
     lse = torch.stack(sums)
-    return torch.stack(outputs), lse if shift is None else lse + shift[0], torch.stack(unrounded)
+    return torch.stack(outputs), _shifted(lse, None if shift is None else shift[0]), torch.stack(unrounded)
+
+
+def _shifted(lse: torch.Tensor, shift: torch.Tensor | None) -> torch.Tensor:
+    """lse + shift; a row without a key stays at -inf, whatever the mean that the shift comes from."""
+    return lse if shift is None else torch.where(lse == NEG_INF, lse, lse + shift)
 
 
 def _int8(

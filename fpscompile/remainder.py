@@ -182,8 +182,8 @@ def _delta_of_means(
 def _with_product(grad: torch.Tensor, delta: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """A stand-in for ``out``: rows along those of ``grad`` [..., D] whose product with them is ``delta`` [...].
 
-    A dense backward asks for ``out`` only to compute that. Along ``grad`` all terms have one sign, so that rounding to
-    half precision costs ``delta`` none of its digits.
+    A dense backward asks for ``out`` only to compute that. Along ``grad`` all terms have one sign: in half precision
+    their sum is off by no more than one rounding.
     """
     grad = grad.to(delta.dtype)
     top = grad.abs().amax(-1, keepdim=True)

@@ -166,7 +166,8 @@ def forward(
                 mean = element.v_mean[part.keys].unsqueeze(1)  # [key heads, 1, 1, Dv]
                 result = result + mean.masked_fill((sums == NEG_INF).unsqueeze(-1), 0.0)
             if element.lse_shift is not None:
-                sums = sums + _take(element.lse_shift[part.queries].unsqueeze(-1), chunk, part).squeeze(-1)
+                shift = _take(element.lse_shift[part.queries].unsqueeze(-1), chunk, part).squeeze(-1)
+                sums = torch.where(sums == NEG_INF, sums, sums + shift)
             _put(part_out[part.queries], result, chunk, part)
             _put(part_lse[part.queries].unsqueeze(-1), sums.unsqueeze(-1), chunk, part)
         several.store(out, part_out)

@@ -188,3 +188,21 @@ def test_outputs_and_gradients_of_narrow_heads(dim):
         assert got.shape == x.shape
         assert got.transpose(1, 2).is_contiguous()
         assert relative(got.cpu(), want) < TOLERANCE
+
+
+@pytest.mark.parametrize("hadamard", [False, True])
+def test_an_infinite_mean_stays_out_of_tiles_without_a_visible_key(hadamard):
+    """One infinite key, and a tile whose keys are all hidden: queries that list only that tile still get zeros."""
+    resolved = resolved_plan((4, 4, 4), (2, 4, 4), phases=(PhasePlan(window=(1, 1, 1)),), hadamard=hadamard)
+    q, k, v = draw(resolved)
+    k[0, 0, -1, 0] = math.inf
+    mask = torch.arange(64, device=DEVICE)[None, None, None] >= 32
+    call = {"key_mask": mask, "resolved": resolved, "scale": 0.1}
+    out, lse = triton.forward(q, k, v, phases=(0,), **call)
+    want, want_lse = reference.attention(q, k, v, phase=(0,), **call)
+    assert torch.equal(want[:, :, :32], torch.zeros_like(want[:, :, :32]))
+    assert torch.equal(out[:, :, :32], want[:, :, :32])
+    assert torch.equal(lse[:, :, :32], want_lse[:, :, :32])
+    assert want_lse[:, :, :32].eq(-math.inf).all()
+    assert out[:, :, 32:].isnan().all()
+    assert want[:, :, 32:].isnan().all()
