@@ -206,3 +206,33 @@ def test_an_infinite_mean_stays_out_of_tiles_without_a_visible_key(hadamard):
     assert want_lse[:, :, :32].eq(-math.inf).all()
     assert out[:, :, 32:].isnan().all()
     assert want[:, :, 32:].isnan().all()
+
+
+@pytest.mark.parametrize("tile", [(2, 4, 4), (2, 8, 8)], ids=str)
+@pytest.mark.parametrize("granularity", ["tile", "head"])
+@pytest.mark.parametrize("place", [0, -1])
+def test_no_number_takes_the_numbers_of_its_region_along(tile, granularity, place):
+    """One NaN in Q and K, in a tile held whole or looked at twice: its region is NaN, the rest as without it."""
+    resolved = resolved_plan(
+        (2, 8, 16), tile, phases=(PhasePlan(density=1.0, granularity=granularity),), smooth_k=False
+    )
+    q, k, v = draw(resolved)
+    spec, tables = spec_of(q, k, v, None, resolved), tables_of(resolved, q.device)
+    phase = torch.zeros(1, dtype=torch.int32, device=DEVICE)
+
+    def packed(q: torch.Tensor, k: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        with launching(q.device):
+            found = operands.pack(q, k, v, None, phase, spec, tables, (granularity,), 0.3)
+        return found.q.float().cpu(), found.k.float().cpu(), found.q_scale.cpu(), found.k_scale.cpu()
+
+    want = packed(q, k)
+    q, k = q.clone(), k.clone()
+    q[..., -1, place] = k[..., -1, place] = math.nan
+    got = packed(q, k)
+    first = 0 if granularity == "head" else want[2].shape[2] - 1  # tile of the region
+    for values, scale, want_values, want_scale in zip(got[:2], got[2:], want[:2], want[2:], strict=True):
+        assert torch.equal(scale[:, :, :first], want_scale[:, :, :first])
+        assert scale[:, :, first:].isnan().all()
+        slots = first * tables.slots
+        assert torch.equal(values[:, :, :slots], want_values[:, :, :slots])
+        assert values[:, :, slots:].isnan().all()
