@@ -45,7 +45,6 @@ unless they are float64. A float ``key_mask`` stays as it is.
 
 from __future__ import annotations
 
-import inspect
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -365,7 +364,7 @@ def _arguments(
     if not resolved.dynamic:
         phases = _phases(phase, query.shape[0], len(resolved.windows), lowering)
         return {"key_mask": key_mask, "phases": phases, "resolved": resolved, "scale": scale}
-    if "block_mask" not in inspect.signature(lowering.forward).parameters:
+    if not lowerings.takes(lowering.forward, "block_mask"):
         for index in range(len(resolved.windows)):
             resolved.product_window(index)  # raises: this lowering serves no other
     each = _phase_numbers(phase, query.shape[0], len(resolved.windows))
@@ -380,7 +379,7 @@ def _of_gradients(resolved: ResolvedPlan) -> lowerings.Lowering:
     lowering = lowerings.get(resolved.plan.lowering)
     if lowerings.gathers_gradients(resolved.plan):
         return lowerings.get("gather")
-    if resolved.product or "block_mask" in inspect.signature(lowering.backward).parameters:
+    if resolved.product or lowerings.takes(lowering.backward, "block_mask"):
         return lowering
     return lowerings.get("gather")
 

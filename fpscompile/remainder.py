@@ -120,10 +120,11 @@ def gradients(
         centre = key_mean(v, visible)
         values = (values - _of_heads(centre, values.shape[1])).to(values.dtype)
         common = (grad_out.to(centre.dtype) * _of_heads(centre, q.shape[1])).sum(-1)
-        smoothed = plan.quant != "none" and plan.smooth_v
-        delta = _delta_of_means(grad_out, q, lse, means, values, 0.0 if smoothed else common, pieces(), scale)
+        if plan.quant != "none" and plan.smooth_v:
+            common.zero_()  # the lowering's values are without it too
+        delta = _delta_of_means(grad_out, q, lse, means, values, common, pieces(), scale)
         dq, dk, dv = own(delta=delta)
-        delta = delta if smoothed else delta - common
+        delta -= common
     else:
         dq, dk, dv = own()
     if plan.quant != "none" and plan.smooth_k:
@@ -159,7 +160,7 @@ def _delta_of_means(
     lse: torch.Tensor,
     means: TileKeys,
     values: torch.Tensor,
-    common: torch.Tensor | float,
+    common: torch.Tensor,
     pieces: Iterator[Piece],
     scale: float,
 ) -> torch.Tensor:
@@ -170,13 +171,13 @@ def _delta_of_means(
         common: [B, H, Lq], to be added to dP.
     """
     wide = work_dtype(q.dtype)
-    delta, weights = (torch.zeros(lse.shape, dtype=wide, device=lse.device) for _ in range(2))
+    delta = torch.zeros(lse.shape, dtype=wide, device=lse.device)
     for at, rows, bias in pieces:
         part, part_lse = dense.forward(q[at, :, rows], means.keys[at], values[at], bias, scale)
         weight = (part_lse - lse[at, :, rows]).exp().masked_fill(part_lse == -math.inf, 0.0)
-        delta[at, :, rows] = (grad_out[at, :, rows].to(wide) * part.to(wide)).sum(-1) * weight
-        weights[at, :, rows] = weight
-    return delta.add_(weights * common)
+        product = (grad_out[at, :, rows].to(wide) * part.to(wide)).sum(-1) + common[at, :, rows]
+        delta[at, :, rows] = product * weight
+    return delta
 
 
 def _with_product(grad: torch.Tensor, delta: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:

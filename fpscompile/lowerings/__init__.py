@@ -25,6 +25,7 @@ from __future__ import annotations
 import functools
 import importlib
 import inspect
+from collections.abc import Callable
 from typing import Any, Protocol, cast
 
 import torch
@@ -123,7 +124,13 @@ def gathers_gradients(plan: Plan) -> bool:
         return False
     lowering = get(plan.lowering)
     served = getattr(lowering, "SERVES_REMAINDER", False)
-    return not served and "delta" not in inspect.signature(lowering.backward).parameters
+    return not served and not takes(lowering.backward, "delta")
+
+
+@functools.cache
+def takes(function: Callable[..., Any], argument: str) -> bool:
+    """Whether a lowering's forward or backward has an argument that not all have."""
+    return argument in inspect.signature(function).parameters
 
 
 def _added(lowering: Lowering, resolved: ResolvedPlan) -> bool:
