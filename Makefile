@@ -71,8 +71,9 @@ format: $(READY)
 # Timing: run on a quiet machine. Results land in benchmarks/results and in README.md.
 bench: $(READY)
 	$(BIN)/python benchmarks/attention_cpu.py --json benchmarks/results/attention_cpu.json
-	$(BIN)/python benchmarks/attention_cpu.py --lowering cpp --density 1.0 0.25 0.1 --json benchmarks/results/attention_cpu_cpp.json
-	$(BIN)/python benchmarks/attention_cpu.py --lowering cpp --density 1.0 0.25 0.1 --precision float32 int8 --json benchmarks/results/attention_cpu_vnni.json
+	$(BIN)/python benchmarks/attention_cpu.py --lowering cpp --density 1.0 0.25 0.1 --precision float32 bfloat16 int8 --json benchmarks/results/attention_cpu_cpp.json
+	$(BIN)/python benchmarks/attention_cpu.py --lowering cpp --density 1.0 0.25 0.1 --precision bfloat16 --flex --json benchmarks/results/attention_cpu_flex.json
+	$(BIN)/python benchmarks/attention_cpu.py --lowering cpp --density 0.25 0.1 --backward --boxes --json benchmarks/results/attention_cpu_backward.json
 	$(BIN)/python benchmarks/scaling_cpu.py --json benchmarks/results/scaling_cpu.json
 	$(BIN)/python benchmarks/small_grids_cpu.py --json benchmarks/results/small_grids_cpu.json
 	$(BIN)/python benchmarks/topk_cost.py --json benchmarks/results/topk_cost.json

@@ -81,11 +81,17 @@ def machine() -> dict[str, Any]:
 
 
 def _processor() -> str:
+    """Name, family and model: clouds give names that say little ("AMD EPYC")."""
     try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        first = Path("/proc/cpuinfo").read_text().split("\n\n", 1)[0]
     except OSError:
         return platform.processor()
-    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), "unknown")
+    fields = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in first.splitlines())}
+    if "model name" not in fields:
+        return "unknown"
+    if "cpu family" not in fields:
+        return fields["model name"]
+    return f"{fields['model name']} (family {fields['cpu family']}, model {fields.get('model', '?')})"
 
 
 def dims_text(value: Sequence[int]) -> str:

@@ -7,7 +7,7 @@ figure. ``efficiency`` is ratio * density: 1 means that a kept query-key pair co
 A precision is a dtype of the inputs, or "int8": bfloat16 inputs, quantized inside, against bfloat16 attention.
 
     python benchmarks/attention_cpu.py [--lowering boxes | cpp] [--precision float32 ...] [--density 0.25 ...]
-        [--backward] [--flex] [--threads N] [--quick] [--json PATH]
+        [--backward] [--flex] [--boxes] [--threads N] [--quick] [--json PATH]
 """
 
 from __future__ import annotations
@@ -185,17 +185,22 @@ def measure(
     *,
     lowering: str,
     backward: bool,
-    with_flex: bool,
+    beside: Sequence[str],
     rounds: int,
     budget: float,
     peak: float,
 ) -> Iterator[dict[str, Any]]:
-    """Rows of the table for one shape: its windows, timed in turns with the peer."""
+    """Rows of the table for one shape: its windows, timed in turns with the peer and those of ``beside``: "flex", which
+    is timed forward only, and "boxes"."""
     plans = {sparsity: sparsity.resolve(shape, lowering) for sparsity in sparsities}
     functions: dict[Any, Callable[[], Any]] = {"peer": peer(shape, backward)}
     functions |= {sparsity: ours(shape, resolved, backward) for sparsity, resolved in plans.items()}
-    if with_flex and not backward:
+    if "flex" in beside and not backward:
         functions |= {("flex", sparsity): flex(shape, resolved) for sparsity, resolved in plans.items()}
+    if "boxes" in beside and shape.quant == "none":
+        functions |= {
+            ("boxes", sparsity): ours(shape, sparsity.resolve(shape, "boxes"), backward) for sparsity in plans
+        }
     times = interleave(functions, rounds=rounds, budget=budget)
     # two matrix products forward; five more backward, one of which recomputes the scores
     products = 7 if backward else 2
@@ -221,6 +226,7 @@ def measure(
             "efficiency": ratio * density,
             "matmul_peak": flops / times[sparsity] / peak,
             "flex_ms": 1e3 * times[("flex", sparsity)] if ("flex", sparsity) in times else None,
+            "boxes_ms": 1e3 * times[("boxes", sparsity)] if ("boxes", sparsity) in times else None,
             "error": error(shape, resolved),
         }
 
@@ -263,6 +269,7 @@ COLUMNS: dict[str, Callable[[Any], str]] = {
     "matmul_peak": "{:.0%}".format,
     "error": "{:.1e}".format,
     "flex_ms": lambda value: "" if value is None else f"{value:.1f}",
+    "boxes_ms": lambda value: "" if value is None else f"{value:.1f}",
 }
 
 
@@ -272,6 +279,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     parser.add_argument("--precision", nargs="+", choices=PRECISIONS, default=list(DTYPES))
     parser.add_argument("--density", nargs="+", type=float, help="with tiles of 256 tokens, instead of the usual three")
     parser.add_argument("--flex", action="store_true", help="time compiled FlexAttention under the same mask as well")
+    parser.add_argument("--boxes", action="store_true", help="time the boxes lowering under the same mask as well")
     parser.add_argument("--backward", action="store_true", help="time forward and backward together")
     parser.add_argument("--quick", action="store_true", help="one small grid, for continuous integration")
     parser.add_argument("--rounds", type=int, default=7, help="turns per shape (at least 3)")
@@ -298,7 +306,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
             sparsities,
             lowering=args.lowering,
             backward=args.backward,
-            with_flex=args.flex,
+            beside=[name for name in ("flex", "boxes") if getattr(args, name)],
             rounds=args.rounds,
             budget=args.budget,
             peak=peaks[shape.precision],

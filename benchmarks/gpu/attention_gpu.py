@@ -2,7 +2,8 @@
 
     python benchmarks/gpu/attention_gpu.py [--cases NAME ...] [--fitting] [--flex] [--rounds N] [--json PATH]
 
-CUDA-event timings on random data, interleaved: every round times every kernel of a case for about as long, so that all
+Every kernel is timed as a CUDA graph, on random data, by CUDA events: small cases would else measure how fast Python
+launches. Interleaved: every round times every kernel of a case for about as long, so that all
 meet the card equally warm, since one at its power limit is 4 % slower than a cool one. Milliseconds are medians of the
 rounds' medians, speedups medians of the rounds' ratios. Quantization, smoothing, permutes and scatter are inside every
 figure of ours; "pre" is their share. Kept TFLOP/s count the query-key pairs of tokens that the mask keeps, nothing that
@@ -73,6 +74,15 @@ def time_ms(call: Callable[[], object], budget_ms: int = 400) -> float:
     return triton.testing.do_bench(call, warmup=50, rep=budget_ms, return_mode="median")
 
 
+def graphed(call: Callable[[], object], pool: Any) -> Callable[[], object]:
+    """``call``, which has run before, as a CUDA graph. The graphs of a case share a pool: one runs at a time, and what
+    it returns is not read."""
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, pool=pool):
+        call()
+    return graph.replay
+
+
 def ceilings() -> dict[str, float]:
     """Measured peaks: TFLOP/s of 8192^3 products, TB/s of a copy (read and written)."""
     a, b = (torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16) for _ in range(2))
@@ -95,7 +105,7 @@ def draw(case: Case) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     return q, k, v
 
 
-def peers(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> dict[str, Callable[[], object]]:
+def peers(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, pool: Any) -> dict[str, Callable[[], object]]:
     """Dense SDPA by backend; one that refuses is left out."""
     found: dict[str, Callable[[], object]] = {}
     for backend in (SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION):
@@ -109,7 +119,7 @@ def peers(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> dict[str, Callab
         except RuntimeError as error:
             print(f"  {backend.name}: {str(error)[:100]}")
             continue
-        found[backend.name] = call
+        found[backend.name] = graphed(call, pool)
     return found
 
 
@@ -163,7 +173,7 @@ Timed = tuple[dict[str, Any], Callable[[], object]]
 
 
 def ours(
-    name: str, case: Case, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, with_flex: bool,
+    name: str, case: Case, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, pool: Any, *, with_flex: bool,
     densities: tuple[float, ...], quants: tuple[str, ...],
 ) -> Iterator[Timed]:  # fmt: skip
     """Our kernels on one case; a row that failed has the reason under "failed"."""
@@ -187,19 +197,24 @@ def ours(
         }  # fmt: skip
         try:
             row["error"] = error_against_float32(call(), q, k, v, resolved)
+            timed = graphed(call, pool)
             if quant == "fp8":
                 tables = tables_of(resolved, q.device)
-                row["pre_ms"] = time_ms(
-                    lambda spec=spec, tables=tables: operands.pack(q, k, v, None, phase, spec, tables, ("tile",), scale)
-                )
+
+                def pack(spec: Any = spec, tables: Any = tables) -> object:
+                    return operands.pack(q, k, v, None, phase, spec, tables, ("tile",), scale)
+
+                pack()
+                row["pre_ms"] = time_ms(graphed(pack, pool))
         except Exception as error:
             row["failed"] = f"{type(error).__name__}: {error}"[:300]
-        yield row, call
+            timed = call
+        yield row, timed
         if with_flex and name == DETAILED and quant == "fp8" and density == 0.2 and tile == (4, 8, 8):
             compiled = flex(q, k, v, resolved)
             if compiled is not None:
                 alike = {key: row[key] for key in ("case", "tile", "density")}
-                yield alike | {"kernel": "FlexAttention bf16"}, compiled
+                yield alike | {"kernel": "FlexAttention bf16"}, graphed(compiled, pool)
 
 
 def rows_of(
@@ -207,11 +222,12 @@ def rows_of(
 ) -> list[dict[str, Any]]:
     """All rows of a case, timed in turn."""
     q, k, v = draw(case)
+    pool = torch.cuda.graph_pool_handle()
     timed: list[Timed] = [
-        ({"case": name, "kernel": backend, "density": 1.0}, call) for backend, call in peers(q, k, v).items()
+        ({"case": name, "kernel": backend, "density": 1.0}, call) for backend, call in peers(q, k, v, pool).items()
     ]
     dense = range(len(timed))
-    timed += ours(name, case, q, k, v, with_flex=with_flex, densities=densities, quants=quants)
+    timed += ours(name, case, q, k, v, pool, with_flex=with_flex, densities=densities, quants=quants)
     running = [index for index, (row, _) in enumerate(timed) if "failed" not in row]
     times = [{index: time_ms(timed[index][1]) for index in running} for _ in range(rounds)]
     flop = 4 * case.length**2 * case.dim * case.heads

@@ -278,13 +278,14 @@ besides.
 
 {measured_table(report)}
 
-All rows are of one run, in {report["rounds"]} rounds that time every kernel of a case in turn: all meet a card at its
-power limit. Cards differ: runs of the same kind on others, tile 7x9x4, density 0.2, gave 6.95x and 6.97x before the
-kernel's last change ("Where the cycles go"), and with it, but the pre-pass as it was, 7.05x (28.7 ms, 857 TFLOP/s;
-cuDNN took 203 ms). That change did not serve 64 features: CogVideoX at density 1.0 took 8.70 ms with tile 13x2x9 and
-10.22 with 4x8x8 before it. Errors are relative L2, 512 rows of one head, random normal inputs, same mask: for FP8 they
-are E4M3's. The speed on kept pairs is over the total less the pre-pass, timed by itself; where that is a third of the
-total (Wan 1.3B, CogVideoX), the speed is too noisy to be read.
+All rows are of one run, each timed as a CUDA graph, in {report["rounds"]} rounds that time every kernel of a case in
+turn: all meet a card at its power limit. Cards differ: other runs, tile 7x9x4, density 0.2, gave 6.95x and 6.97x before
+the kernel's last change ("Where the cycles go"), and with it 7.05x (857 TFLOP/s; cuDNN took 203 ms) and, once the
+pre-pass was faster too, 7.12x, 7.12x and, on a card with less to time before it, 7.23x (861 TFLOP/s). For 64 features
+both changes pay as well: CogVideoX at density 1.0, sources before and after them in turn on one card, took 10.73 and
+10.35 ms with tile 4x8x8, 9.02 and 8.98 with 13x2x9; two cards differ by as much. Errors are relative L2, 512 rows of
+one head, random normal inputs, same mask: for FP8 they are E4M3's. The speed on kept pairs is over the total less the
+pre-pass, timed by itself.
 
 ## An earlier run
 
