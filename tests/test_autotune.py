@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import json
+import os
 import random
 import signal
 import statistics
@@ -550,7 +551,11 @@ def test_ctrl_c_in_a_real_process(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "fpscompile.cli", "tune", "test_autotune:several_signatures", "--file", str(file)]
     command += ["--option", "density=0.3", "--option", "tile=(2,4,4)", "--option", "quant=none"]
     tests = Path(__file__).parent
-    process = subprocess.Popen(command, cwd=tests, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
+    # A result is good for a number of threads, and a test runner's worker has fewer than a process of its own.
+    env = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}
+    process = subprocess.Popen(
+        command, cwd=tests, env=env, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True
+    )
     until = time.monotonic() + 300
     while not file.exists() and process.poll() is None and time.monotonic() < until:
         time.sleep(0.02)
