@@ -46,6 +46,16 @@ def test_attention(tmp_path: Path, figures: ModuleType) -> None:
 
 
 @pytest.mark.slow
+def test_attention_backward_beside_boxes(tmp_path: Path, figures: ModuleType) -> None:
+    path = tmp_path / "attention_cpu_backward.json"
+    report = script("attention_cpu", "--quick", "--rounds", "3", "--lowering", "cpp", "--backward", "--boxes",
+                    "--density", "0.25", "--json", path)  # fmt: skip
+    assert all(row["direction"] == "forward+backward" for row in report["rows"])
+    assert all(row["boxes_ms"] > 0 for row in report["rows"])
+    assert "forward and backward, `cpp` in float32 and bfloat16 against `boxes`" in figures.block(tmp_path)
+
+
+@pytest.mark.slow
 def test_model(tmp_path: Path, figures: ModuleType) -> None:
     report = script("model_cpu", "--quick", "--rounds", "3", "--json", tmp_path / "model_cpu.json")
     exact = {row["dtype"]: row["difference_at_density_1"] for row in report["rows"]}
