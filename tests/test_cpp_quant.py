@@ -103,6 +103,22 @@ def test_int8_keeps_the_weight_of_far_blocks():
 
 
 @needs_kernel
+@pytest.mark.parametrize(("quant", "compute"), [("none", "bfloat16"), ("int8", "int8")])
+def test_rounding_weights_adds_no_gain(quant, compute):
+    """Where no weight is near zero, rounding errors of P are as often up as down and cancel over many outputs. What
+    remains would be a wrong factor, which a tolerance on single outputs hides."""
+    need(compute)
+    resolved = make_resolved(FULL, grid=(8, 16, 16), tile=(4, 8, 8), quant=quant)
+    q, k, v = (x.bfloat16() for x in make_inputs(resolved, batch=1, heads=4, key_heads=4))
+    out, _ = cpp.forward(q, k, v, key_mask=None, phases=(0,), resolved=resolved, scale=0.05)
+    wide = (x.double() for x in (q, k, v))
+    exact, _ = reference.attention(*wide, resolved=resolved, phase=(0,), scale=0.05)
+    mean = v.double().mean(2, keepdim=True)  # added to the output of int8, and so without a gain
+    gain = ((out - mean) * (exact - mean)).sum() / (exact - mean).square().sum()
+    assert abs(float(gain) - 1) <= 5e-4
+
+
+@needs_kernel
 def test_int8_takes_the_means_out():
     """Means far larger than the spread of K and V cost no accuracy."""
     resolved = make_resolved(WINDOW, quant="int8")
