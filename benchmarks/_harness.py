@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 import os
-import platform
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -15,6 +14,8 @@ from typing import Any, TypeVar
 import torch
 from rich.console import Console
 from rich.table import Table
+
+from fpscompile.tuning.signature import processor_name
 
 K = TypeVar("K")
 
@@ -74,24 +75,10 @@ def machine() -> dict[str, Any]:
     return {
         "torch": torch.__version__,
         "threads": torch.get_num_threads(),
-        "processor": _processor(),
+        "processor": processor_name(),
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
         "load_average": os.getloadavg()[0],
     }
-
-
-def _processor() -> str:
-    """Name, family and model: clouds give names that say little ("AMD EPYC")."""
-    try:
-        first = Path("/proc/cpuinfo").read_text().split("\n\n", 1)[0]
-    except OSError:
-        return platform.processor()
-    fields = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in first.splitlines())}
-    if "model name" not in fields:
-        return "unknown"
-    if "cpu family" not in fields:
-        return fields["model name"]
-    return f"{fields['model name']} (family {fields['cpu family']}, model {fields.get('model', '?')})"
 
 
 def dims_text(value: Sequence[int]) -> str:

@@ -253,6 +253,10 @@ def summarize(rows: list[dict[str, Any]]) -> dict[str, Any]:
 KEYS = ("tokens", "grid", "tile", "window", "heads", "head_dim", "dtype", "direction", "lowering")
 
 
+def _if_timed(ms: float | None) -> str:
+    return "" if ms is None else f"{ms:.1f}"
+
+
 COLUMNS: dict[str, Callable[[Any], str]] = {
     "tokens": str,
     "grid": dims_text,
@@ -268,8 +272,8 @@ COLUMNS: dict[str, Callable[[Any], str]] = {
     "efficiency": "{:.2f}".format,
     "matmul_peak": "{:.0%}".format,
     "error": "{:.1e}".format,
-    "flex_ms": lambda value: "" if value is None else f"{value:.1f}",
-    "boxes_ms": lambda value: "" if value is None else f"{value:.1f}",
+    "flex_ms": _if_timed,
+    "boxes_ms": _if_timed,
 }
 
 

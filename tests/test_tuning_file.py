@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 
-from fpscompile.tuning import Contents, default_path, merge, read, update
+from fpscompile.tuning import Contents, default_path, merge, read, signature, update
 from fpscompile.tuning.format import VERSION, dumps, parse
 from fpscompile.tuning.store import TuningFileError, check_writable
 
@@ -265,3 +265,19 @@ def test_reading_again_sees_what_others_wrote(tmp_path: Path, caplog: pytest.Log
         path.write_text(dumps(Contents({"a": entry(n)})))
         os.utime(path, (n, n))
         assert values(read(path).contents) == {"a": n}
+
+
+def test_generations_of_one_name_are_told_apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A cloud's processors of several generations share a name, and what is fastest differs."""
+    text = "cpu family\t: {}\nmodel\t\t: {}\nmodel name\t: AMD EPYC\n\nprocessor\t: 1\nmodel name\t: other\n"
+    monkeypatch.setattr(signature, "CPUINFO", tmp_path / "cpuinfo")
+    name = signature.processor_name.__wrapped__  # the name of this machine stays in its cache
+    names = []
+    for family, model in ((25, 17), (26, 2)):
+        signature.CPUINFO.write_text(text.format(family, model))
+        names.append(name())
+    assert names == ["AMD EPYC, family 25 model 17", "AMD EPYC, family 26 model 2"]
+    signature.CPUINFO.write_text("model name\t: Neoverse\n")
+    assert name() == "Neoverse"
+    signature.CPUINFO.unlink()
+    assert name()

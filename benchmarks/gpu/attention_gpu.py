@@ -3,11 +3,11 @@
     python benchmarks/gpu/attention_gpu.py [--cases NAME ...] [--fitting] [--flex] [--rounds N] [--json PATH]
 
 Every kernel is timed as a CUDA graph, on random data, by CUDA events: small cases would else measure how fast Python
-launches. Interleaved: every round times every kernel of a case for about as long, so that all
-meet the card equally warm, since one at its power limit is 4 % slower than a cool one. Milliseconds are medians of the
-rounds' medians, speedups medians of the rounds' ratios. Quantization, smoothing, permutes and scatter are inside every
-figure of ours; "pre" is their share. Kept TFLOP/s count the query-key pairs of tokens that the mask keeps, nothing that
-padding adds. The ceilings (bf16 and FP8 matrix products, copy) are measured first, in the same run.
+launches. Interleaved: every round times every kernel of a case for about as long, so that all meet the card equally
+warm, since one at its power limit is 4 % slower than a cool one. Milliseconds are medians of the rounds' medians,
+speedups medians of the rounds' ratios. Quantization, smoothing, permutes and scatter are inside every figure of ours;
+"pre" is their share. Kept TFLOP/s count the query-key pairs of tokens that the mask keeps, nothing that padding adds.
+The ceilings (bf16 and FP8 matrix products, copy) are measured first, in the same run.
 """
 
 from __future__ import annotations

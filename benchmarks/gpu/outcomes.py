@@ -281,7 +281,7 @@ besides.
 All rows are of one run, each timed as a CUDA graph, in {report["rounds"]} rounds that time every kernel of a case in
 turn: all meet a card at its power limit. Cards differ: other runs, tile 7x9x4, density 0.2, gave 6.95x and 6.97x before
 the kernel's last change ("Where the cycles go"), and with it 7.05x (857 TFLOP/s; cuDNN took 203 ms) and, once the
-pre-pass was faster too, 7.12x, 7.12x and, on a card with less to time before it, 7.23x (861 TFLOP/s). For 64 features
+pre-pass was faster too, 7.12x twice and, where this tile alone was timed, 7.23x (861 TFLOP/s). For 64 features
 both changes pay as well: CogVideoX at density 1.0, sources before and after them in turn on one card, took 10.73 and
 10.35 ms with tile 4x8x8, 9.02 and 8.98 with 13x2x9; two cards differ by as much. Errors are relative L2, 512 rows of
 one head, random normal inputs, same mask: for FP8 they are E4M3's. The speed on kept pairs is over the total less the

@@ -22,6 +22,8 @@ import torch
 
 from fpscompile.plan import Plan, ResolvedPlan
 
+CPUINFO = Path("/proc/cpuinfo")
+
 
 @dataclass(frozen=True)
 class Signature:
@@ -165,13 +167,16 @@ def device_name(device: torch.device | str) -> str:
 
 @functools.lru_cache(maxsize=1)
 def processor_name() -> str:
-    """The processor's model, as /proc/cpuinfo has it."""
+    """Name, family and model of the first processor: clouds call several generations "AMD EPYC"."""
     try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        first = CPUINFO.read_text().split("\n\n", 1)[0]
     except OSError:
-        lines = []
-    named = (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
-    return next(named, platform.processor() or platform.machine())
+        first = ""
+    fields = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in first.splitlines())}
+    name = fields.get("model name") or platform.processor() or platform.machine()
+    if "cpu family" not in fields or "model" not in fields:
+        return name
+    return f"{name}, family {fields['cpu family']} model {fields['model']}"
 
 
 def versions(lowering: str) -> dict[str, str]:
