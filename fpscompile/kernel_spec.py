@@ -6,17 +6,21 @@ packing), and no config may change a result beyond the documented tolerance.
 Rounding contract of P (``quant="fp8"``)
     For one query tile, take its listed key tiles in the order of the block mask (ascending) and give each
     ``tile_slots`` slots, tokens first, padding last. Cut the concatenation into blocks of ``block_n`` slots. With
-    ``S = scale * (q_scale * k_scale) * (Q8 @ K8^T) + key bias`` and ``m`` the running row maximum *after* the
-    block, block ``j`` contributes::
+    ``S = log2(e) * (scale * (q_scale * k_scale) * (Q8 @ K8^T) + key bias)`` and ``m`` the running row maximum *after*
+    the block, rounded up to a whole number, block ``j`` contributes::
 
-        P8_j = e4m3(exp(S_j - m_j) * p_scale)          # round to nearest even, saturating
-        acc  = acc * exp(m_{j-1} - m_j) + P8_j @ V8    # float32
-        l    = l   * exp(m_{j-1} - m_j) + rowsum(exp(S_j - m_j))   # from the unrounded P, float32
+        P8_j = e4m3(2^(S_j - m_j) * p_scale)           # round to nearest even, saturating
+        acc  = acc * 2^(m_{j-1} - m_j) + P8_j @ V8     # float32
+        l    = l   * 2^(m_{j-1} - m_j) + rowsum(2^(S_j - m_j))     # from the unrounded P, float32
 
     and the output is ``v_scale * acc / (p_scale * l)``, plus V's mean where that was subtracted (all of it: the weights
-    that it belongs to are the unrounded ones, whose sum is ``l``), the log-sum-exp ``m + log(l)`` (natural), plus the
+    that it belongs to are the unrounded ones, whose sum is ``l``), the log-sum-exp ``(m + log2(l)) / log2(e)``, plus the
     shift that K-mean smoothing took from the scores (see :meth:`fpscompile.quant.QuantizedAttention.lse_shift`).
     Invalid slots have ``S = -inf``. A row with no valid key gives zeros and ``-inf``. Query blocking does not enter.
+
+    Since ``m`` is a whole number, the rounding of a weight depends on neither blocks nor order as long as the weight is
+    a normal number of E4M3 (2^-6 and above). So a kernel may use another whole number than ``m_j``, from 1 below to 6
+    above, provided that no weight saturates: weights of at least 2^-8 of the largest so far are rounded the same.
 """
 
 from __future__ import annotations

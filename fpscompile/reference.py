@@ -23,6 +23,7 @@ it out. With ``hadamard``, Q_hat and K_hat are rotated, and dQ and dK are rotate
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -235,7 +236,7 @@ def _rounded_weights(scores: torch.Tensor, block_n: int, p_scale: float) -> torc
     denominator = scores.new_zeros(rows, 1)
     rounded: list[torch.Tensor] = []
     for block in scores.split(block_n, dim=1):
-        new_max = torch.maximum(running_max, block.amax(1, keepdim=True))
+        new_max = torch.maximum(running_max, _whole_power(block.amax(1, keepdim=True)))
         shift = _finite(new_max)
         rescale = torch.exp(running_max - shift)
         p = torch.exp(block - shift)
@@ -256,6 +257,11 @@ def _softmax(scores: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     none = total == 0
     total = total.masked_fill(none, 1.0)
     return p / total, (shift + torch.log(total)).masked_fill(none, NEG_INF).squeeze(-1)
+
+
+def _whole_power(score: torch.Tensor) -> torch.Tensor:
+    """The least ``n * log(2)``, ``n`` a whole number, that is not below a score."""
+    return (score / math.log(2.0)).ceil() * math.log(2.0)
 
 
 def _finite(maximum: torch.Tensor) -> torch.Tensor:

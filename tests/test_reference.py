@@ -155,7 +155,8 @@ def contract_row(q_row, k_hat, v_hat, slots: list[int], bias, scale: float, bloc
         scores = [
             float("-inf") if token < 0 else scale * float(q_row @ k_hat[token]) + float(bias[token]) for token in block
         ]
-        new = max([m, *scores])
+        top = max(scores)
+        new = m if top == float("-inf") else max(m, math.ceil(top / math.log(2)) * math.log(2))
         if new == float("-inf"):
             continue
         alpha = math.exp(m - new)

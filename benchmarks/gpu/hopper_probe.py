@@ -296,7 +296,7 @@ def reference(case: Case, batch: int, head: int, block: int) -> tuple[torch.Tens
             bias = case.bias.bias
             s += bias[min(batch, bias.shape[0] - 1), min(head, bias.shape[1] - 1), slot]
         s[:, slot % tables.unit >= tables.keys.valid[slot // tables.unit]] = -math.inf
-        m_new = torch.maximum(m, s.amax(1, keepdim=True))
+        m_new = torch.maximum(m, (s.amax(1, keepdim=True) / math.log(2.0)).ceil() * math.log(2.0))
         safe = m_new.masked_fill(m_new == -math.inf, 0.0)
         p = torch.exp(s - safe)
         alpha = torch.exp(m - safe)

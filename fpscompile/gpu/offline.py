@@ -36,10 +36,10 @@ def compile_forward(spec: KernelSpec, config: KernelConfig, *, allow_flaws: bool
     return binary.inspect_artifacts(forward_artifacts(spec, config), allow_flaws=allow_flaws)
 
 
-def forward_artifacts(spec: KernelSpec, config: KernelConfig) -> Artifacts:
-    """All stages of the attention kernel's compilation."""
+def forward_artifacts(spec: KernelSpec, config: KernelConfig, launch: int = 0) -> Artifacts:
+    """All stages of the attention kernel's compilation; of a call with several launches, those of one."""
     if config.variant == "hopper":
-        return _hopper_artifacts(spec, config)
+        return _hopper_artifacts(spec, config, launch)
     module = render.load("attention", spec, config)
     options = {"num_warps": config.num_warps, "num_stages": config.num_stages}
     kernel = module.attention_forward
@@ -47,16 +47,16 @@ def forward_artifacts(spec: KernelSpec, config: KernelConfig) -> Artifacts:
 
 
 class _Recorder:
-    """Stands in for a kernel and keeps what it was launched with last."""
+    """Stands in for a kernel and keeps what it was launched with."""
 
-    args: tuple[Any, ...] = ()
-    options: dict[str, Any]
+    def __init__(self) -> None:
+        self.launches: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
 
     def __getitem__(self, grid: Any) -> _Recorder:
         return self
 
     def __call__(self, *args: Any, **options: Any) -> None:
-        self.args, self.options = args, options
+        self.launches.append((args, options))
 
 
 def gradient_artifacts(spec: KernelSpec, config: gradients.GradientConfig | None = None) -> dict[str, Artifacts]:
@@ -109,9 +109,9 @@ def prepass_artifacts(spec: KernelSpec) -> dict[str, Artifacts]:
     )
     _pack(spec, q, k, v, _mask(spec), tables, stand_in)
     return {
-        name: compile_artifacts(getattr(module, name), recorder.args, recorder.options, target=spec.target)
+        name: compile_artifacts(getattr(module, name), *recorder.launches[-1], target=spec.target)
         for name, recorder in recorders.items()
-        if recorder.args
+        if recorder.launches
     }
 
 
@@ -156,7 +156,7 @@ def _silent(value: Any) -> Any:
     return _Recorder() if hasattr(value, "arg_names") else value
 
 
-def _hopper_artifacts(spec: KernelSpec, config: KernelConfig) -> Artifacts:
+def _hopper_artifacts(spec: KernelSpec, config: KernelConfig, which: int) -> Artifacts:
     """Compile what the template's own ``launch`` would, on tensors without storage."""
     module = render.load("attention_hopper", spec, config)
     heads, key_heads, slots = HEADS, HEADS // spec.gqa_group, spec.tile_slots
@@ -205,7 +205,8 @@ def _hopper_artifacts(spec: KernelSpec, config: KernelConfig) -> Artifacts:
         consumers=-(-config.block_m // 64),
         stages=config.num_stages or None,
     )
-    return compile_artifacts(module.attention_forward, recorder.args, recorder.options, target=spec.target)
+    args, options = recorder.launches[which]
+    return compile_artifacts(module.attention_forward, args, options, target=spec.target)
 
 
 def arguments(kernel: Any, spec: KernelSpec, module: ModuleType) -> list[Any]:

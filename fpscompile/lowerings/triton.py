@@ -208,12 +208,12 @@ def _attend(
             packed = operands.pack(q, k, v, key_mask, phase, spec, tables, granularities, scale, statistics=statistics)
         if config.variant == "hopper":
             module = render.load("attention_hopper", spec, config)
-            compiled = module.launch(
+            for compiled in module.launch(
                 packed, tables, tables.query_blocks(config.block_m), phase, out, lse,
                 scale, bias=bias, block_n=spec.block_n, p_shift=math.log2(spec.p_scale), padding=tables.keys.padding,
                 consumers=-(-config.block_m // 64), stages=config.num_stages or None,
-            )  # fmt: skip
-            refuse_damaged(compiled)
+            ):  # fmt: skip
+                refuse_damaged(compiled)
         else:
             inputs: tuple[object, ...] = (q, k, v, out, lse, tables.k_token, *q.stride(), *k.stride(), *v.stride())
             if packed is not None:

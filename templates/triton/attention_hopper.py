@@ -12,11 +12,16 @@ A consumer handles block j of its list so (* goes on in the background; with OVE
     S_j = Q K_j^T *                   the tensor cores take both products, in this order
     pv  = P_{j-1} V_{j-1} *
     wait for K_{j+1}, then for S_j
-    m_j, upper rows of P_j            while pv is still running
+    upper rows of P_j                 while pv is still running
     wait for V_j, then for pv; K_{j-1} and V_{j-1} are free
-    lower rows of P_j                 what follows runs between its exponentials, which are what takes the time
+    lower rows of P_j                 its exponentials are what takes the time
     acc = acc * alpha_{j-1} + pv      float32; every product starts from zero, since FP8 products keep about 14 bits
     P_j to E4M3                       registers only: the keys of V are stored in the order in which S comes out
+
+P_j = 2^(S_j - base), and the base is a whole number, so that it makes no difference to how P is rounded. Where a row may
+see no key at first (BIAS) it is the running maximum. Elsewhere (LAZY) only the first block's maxima are looked for: the
+base is what they were, and goes up where P would leave E4M3 (:func:`_fit`). Should a row's scores outgrow float32 within
+a block, by 2^120, its log-sum-exp comes out infinite, and a second launch does that block of queries again, not LAZY.
 
 Symbols
     H, Hk       query heads, key heads                    BLOCK_N  key slots per block
@@ -26,7 +31,9 @@ Symbols
     RUNS        scales of a tile: 1, or one for each 32 slots
     PADDED      last columns of a block that may hold no key: 0, 16 or all
     q_slots, k_slots, q_tiles, k_tiles                    of the whole sequences
-    m, l        running maximum of the scores (base 2) and sum of the weights; acc: weighted sum of values
+    m, base, l  running maximum of the scores (base 2), what is taken from them, P_SHIFT less, and the sum of the
+                weights; acc: weighted sum of values
+    alpha       what all that is from before a block was multiplied by
 """
 
 from __future__ import annotations
@@ -54,6 +61,8 @@ SUBTILE = gl.constexpr(32)
 """Slots that share a scale where a tile has several."""
 ABSENT = gl.constexpr(2)
 """State of the bias of a part that has no unit."""
+AGAIN_BLOCKS = 32
+"""Blocks of queries that one program of the second launch looks at."""
 
 
 # --------------------------------------------------------------------------------------------------- barriers, loads
@@ -257,14 +266,6 @@ def _lane_sums(p):
 
 
 @gluon.jit
-def _add_sums(l, alpha, p):
-    """l * alpha + the lanes' sums of p."""
-    LAYOUT: gl.constexpr = l.type.layout
-    alpha = gl.convert_layout(alpha, gl.SliceLayout(2, LAYOUT), assert_trivial=True)
-    return l * gl.expand_dims(alpha, 2) + _lane_sums(p)
-
-
-@gluon.jit
 def _add_bias(s, key_bias, unit, inverse, S_LAYOUT: gl.constexpr, BLOCK_N: gl.constexpr):
     """Scores that are not scaled yet plus the unit's bias times ``inverse`` (log2(e) / factor)."""
     column = gl.arange(0, BLOCK_N, gl.SliceLayout(0, S_LAYOUT))
@@ -345,23 +346,21 @@ def _unit(unit_list, j, last, LAYOUT: gl.constexpr, BLOCK_N: gl.constexpr, UNIT:
 
 
 @gluon.jit
-def _exponents(
-    s, m, factor, valid, unit, notes, S_LAYOUT: gl.constexpr, BLOCK_N: gl.constexpr, UNIT: gl.constexpr,
-    PART: gl.constexpr, P_SHIFT: gl.constexpr, PADDED: gl.constexpr, BIAS: gl.constexpr, HALVES: gl.constexpr,
+def _seen(
+    s, factor, valid, unit, notes, S_LAYOUT: gl.constexpr, BLOCK_N: gl.constexpr, UNIT: gl.constexpr,
+    PART: gl.constexpr, PADDED: gl.constexpr, BIAS: gl.constexpr,
 ):  # fmt: skip
-    """One step of the online softmax, up to its exponentials.
+    """The scores, not scaled yet, with bias and -inf for what a row must not see.
 
     Args:
         s: [ROWS, BLOCK_N] float32, q8 @ k8^T.
-        m: [ROWS] running maximum.
         factor: scale * q_scale * k_scale * log2(e): a number, or [ROWS | 1, parts, 1, 1, 1].
         valid: keys of the block that exist, at least one; with BIAS, 0 if its bias is all zeros. Where a block has
             several units: this for each part, [1, parts, 1, 1, 1], and 0 or ABSENT past the end of the list.
         unit: the block's unit, or those of its parts; used with BIAS.
 
     Returns:
-        The logarithms (base 2) of the weights times 2^P_SHIFT, [ROWS, BLOCK_N] float32; m; and what earlier
-        accumulations must be multiplied by, [ROWS].
+        [ROWS, BLOCK_N], or in parts where PART < BLOCK_N.
     """
     key_bias = notes[3]
     if PART == BLOCK_N:
@@ -376,7 +375,6 @@ def _exponents(
                     s = _mask_tail(s, valid, S_LAYOUT, BLOCK_N)
                 else:
                     s = _mask(s, valid, S_LAYOUT, BLOCK_N)
-        top = _row_maxima(s, S_LAYOUT, BLOCK_N, HALVES) * factor
     else:
         s = _in_parts(s, BLOCK_N, PART)
         if UNIT < BLOCK_N:
@@ -392,8 +390,30 @@ def _exponents(
         elif PADDED > 0:
             if valid < BLOCK_N:
                 s = _mask_parts(s, valid, PART, UNIT)
+    return s
+
+
+@gluon.jit
+def _exponents(
+    s, m, factor, valid, unit, notes, S_LAYOUT: gl.constexpr, BLOCK_N: gl.constexpr, UNIT: gl.constexpr,
+    PART: gl.constexpr, P_SHIFT: gl.constexpr, PADDED: gl.constexpr, BIAS: gl.constexpr, HALVES: gl.constexpr,
+):  # fmt: skip
+    """One step of the online softmax, up to its exponentials.
+
+    Args:
+        s, factor, valid, unit: as :func:`_seen` takes them.
+        m: [ROWS] running maximum, a whole number.
+
+    Returns:
+        The logarithms (base 2) of the weights times 2^P_SHIFT, [ROWS, BLOCK_N] float32; m; and what earlier
+        accumulations must be multiplied by, [ROWS].
+    """
+    s = _seen(s, factor, valid, unit, notes, S_LAYOUT, BLOCK_N, UNIT, PART, PADDED, BIAS)
+    if PART == BLOCK_N:
+        top = _row_maxima(s, S_LAYOUT, BLOCK_N, HALVES) * factor
+    else:
         top = gl.convert_layout(_max_parts(s, factor), m.type.layout, assert_trivial=True)
-    m_new = gl.maximum(m, top)
+    m_new = gl.maximum(m, gl.ceil(top))
     base = m_new
     if BIAS:  # a row may have seen no key yet
         base = gl.where(m_new == float("-inf"), 0.0, m_new)
@@ -408,9 +428,164 @@ def _exponents(
 
 
 @gluon.jit
-def _add(acc, alpha, pv, O_LAYOUT: gl.constexpr):
+def _add_sums(l, alpha, p):
+    """l * alpha + the lanes' sums of p."""
+    LAYOUT: gl.constexpr = l.type.layout
+    alpha = gl.convert_layout(alpha, gl.SliceLayout(2, LAYOUT), assert_trivial=True)
+    return l * gl.expand_dims(alpha, 2) + _lane_sums(p)
+
+
+# ---------------------------------------------------------------------------------------------------- lanes of a quad
+
+
+@gluon.jit
+def _by_lanes(x, like):
+    """[ROWS] as [4, 8, 4] twice, upper and lower rows: each lane of a row's quad has its own copy."""
+    upper, lower = gl.split(gl.permute(gl.reshape(x, [4, 2, 8]), [0, 2, 1]))
+    LAYOUT: gl.constexpr = like.type.layout
+    upper = gl.convert_layout(upper, gl.SliceLayout(2, LAYOUT), assert_trivial=True)
+    lower = gl.convert_layout(lower, gl.SliceLayout(2, LAYOUT), assert_trivial=True)
+    zero = gl.zeros([4, 8, 4], gl.float32, LAYOUT)
+    return gl.expand_dims(upper, 2) + zero, gl.expand_dims(lower, 2) + zero
+
+
+@gluon.jit
+def _whole_lanes(upper, lower):
+    """[4, 8, 4] twice -> [ROWS, 4]."""
+    return gl.reshape(gl.permute(gl.join(upper, lower), [0, 3, 1, 2]), [ROWS, 4])
+
+
+@gluon.jit
+def _along_keys(lanes, like):
+    """[4, 8, 4] as [4, 8, 1, 4, 1], to be broadcast against ``like``, [4, 8, n, 4, 2]."""
+    return gl.convert_layout(gl.reshape(lanes, [4, 8, 1, 4, 1]), like.type.layout, assert_trivial=True)
+
+
+@gluon.jit
+def _lane_logs(s, factor, base):
+    """s * factor - base, [4, 8, n]."""
+    split = gl.reshape(s, [4, 8, s.shape[2] // 8, 4, 2])
+    logs = gl.reshape(split * factor - _along_keys(base, split), s.shape)
+    return gl.convert_layout(logs, s.type.layout, assert_trivial=True)
+
+
+@gluon.jit
+def _first(x, like):
+    """x[:, :, 0] of [4, 8, n, 4], in the layout of ``like``; n a power of two. No value leaves its thread."""
+    n: gl.constexpr = x.shape[2]
+    if n == 1:
+        out = gl.convert_layout(gl.reshape(x, [4, 8, 4]), like.type.layout, assert_trivial=True)
+    else:
+        x, _rest = gl.split(gl.permute(gl.reshape(x, [4, 8, 2, n // 2, 4]), [0, 1, 3, 4, 2]))
+        out = _first(x, like)
+    return out
+
+
+@gluon.constexpr_function
+def _fit_ptx(n):
+    """PTX of :func:`_fit` for the ``n`` weights that a thread has of a row.
+
+    Operands, n of each: the weights out, alpha and steps (in turn), the weights, and n times the same sum.
+
+    A branch of the warp, not of predicates: what it jumps over would take as many issue slots as the exponentials.
+    """
+    values = range(n)
+    lines = [f"{{ .reg .pred q; .reg .b32 t; .reg .f32 other, sum, alpha, steps, p<{n}>;"]
+    lines += [f"mov.f32 p{i}, ${2 * n + i};" for i in values]
+    lines += [
+        f"mov.f32 sum, ${3 * n}; mov.f32 alpha, 0f3F800000; mov.f32 steps, 0f00000000;",
+        "setp.gt.f32 q, sum, 0f43E00000; vote.sync.any.pred q, q, 0xffffffff; @!q bra.uni FITS;",
+        "shfl.sync.bfly.b32 other, sum, 1, 0x1f, 0xffffffff; max.f32 sum, sum, other;",
+        "shfl.sync.bfly.b32 other, sum, 2, 0x1f, 0xffffffff; max.f32 sum, sum, other;",
+        # The sum's exponent less 7, and 0 where it is at most 448.
+        "mov.b32 t, sum; shr.u32 t, t, 23; sub.s32 t, t, 134;",
+        "setp.gt.f32 q, sum, 0f43E00000; selp.s32 t, t, 0, q;",
+        "cvt.rn.f32.s32 steps, t; sub.s32 t, 127, t; shl.b32 t, t, 23; mov.b32 alpha, t;",
+    ]
+    lines += [f"mul.f32 p{i}, p{i}, alpha;" for i in values]
+    lines += ["FITS:"]
+    lines += [f"mov.f32 ${i}, p{i}; mov.f32 ${n + i}, {('alpha', 'steps')[i % 2]};" for i in values]
+    return " ".join(lines) + " }"
+
+
+@gluon.constexpr_function
+def _fit_constraints(n):
+    return ",".join(["=f"] * (2 * n) + ["f"] * (2 * n))
+
+
+@gluon.jit
+def _fit(p, sums, base):
+    """Makes weights fit E4M3 where those of a lane sum up to more than 448, its largest number.
+
+    The base need not be a maximum: scores may grow beyond it as long as the sum of a lane's weights, 32 of a row and a
+    block, stays below 448. Where it does not, and only there, the four lanes of the row agree on a power of two that
+    takes the largest of their sums to [128, 256).
+
+    Returns:
+        p times that power (or 1), base plus its logarithm, and the power itself, [4, 8, 4].
+    """
+    VALUES: gl.constexpr = p.shape[2] // 4
+    split = gl.reshape(p, [4, 8, p.shape[2] // 8, 4, 2])
+    split, each = gl.broadcast(split, _along_keys(sums, split))
+    fitting, facts = gl.inline_asm_elementwise(
+        _fit_ptx(VALUES),
+        _fit_constraints(VALUES),
+        [split, each],
+        dtype=(gl.float32, gl.float32),
+        is_pure=False,  # votes and shuffles
+        pack=VALUES,
+    )
+    alpha, steps = gl.split(facts)  # a thread's registers go along the last axis first
+    p = gl.convert_layout(gl.reshape(fitting, p.shape), p.type.layout, assert_trivial=True)
+    return p, base + _first(steps, base), _first(alpha, base)
+
+
+@gluon.jit
+def _lazy_exponents(s, factor, base, S_LAYOUT: gl.constexpr, BLOCK_N: gl.constexpr, PART: gl.constexpr):
+    """The weights of the upper rows, times 2^P_SHIFT, and the logarithms (base 2) of the lower rows': [4, 8, BLOCK_N].
+
+    In this order, and no exponential of the lower rows yet: so the assembler puts them where there is time.
+    """
+    base_upper, base_lower = base
+    if PART == BLOCK_N:
+        upper, lower = _row_halves(s)
+        upper = gl.exp2(_lane_logs(upper, factor, base_upper))
+        lower = _lane_logs(lower, factor, base_lower)
+    else:
+        lanes = gl.reshape(_whole_lanes(base_upper, base_lower), [ROWS, 1, 1, 4, 1])
+        logs = gl.reshape(s * factor - gl.convert_layout(lanes, s.type.layout, assert_trivial=True), [ROWS, BLOCK_N])
+        upper, lower = _row_halves(gl.convert_layout(logs, S_LAYOUT, assert_trivial=True))
+        upper = gl.exp2(upper)
+    return upper, lower
+
+
+@gluon.jit
+def _settle(p, base, l):
+    """(weights, base, l with their sums, alpha) of the upper or the lower rows, [4, 8, n] and three [4, 8, 4]."""
+    sums = gl.convert_layout(_lane_sums(p), l.type.layout, assert_trivial=True)
+    p, base, alpha = _fit(p, sums, base)
+    return p, base, (l + sums) * alpha, alpha
+
+
+@gluon.jit
+def _add(acc, alpha, pv, O_LAYOUT: gl.constexpr, LAZY: gl.constexpr):
     """acc * alpha + pv, row by row."""
-    return acc * gl.convert_layout(alpha, gl.SliceLayout(1, O_LAYOUT), assert_trivial=True)[:, None] + pv
+    if LAZY:
+        upper, lower = _row_halves(acc)
+        scaled_upper, scaled_lower = _scaled(upper, alpha[0]), _scaled(lower, alpha[1])
+        acc = gl.reshape(gl.permute(gl.join(scaled_upper, scaled_lower), [0, 3, 1, 2]), acc.shape)
+        acc = gl.convert_layout(acc, O_LAYOUT, assert_trivial=True)
+    else:
+        acc = acc * gl.convert_layout(alpha, gl.SliceLayout(1, O_LAYOUT), assert_trivial=True)[:, None]
+    return acc + pv
+
+
+@gluon.jit
+def _scaled(x, lanes):
+    """x * lanes, [4, 8, n]."""
+    split = gl.reshape(x, [4, 8, x.shape[2] // 8, 4, 2])
+    scaled = gl.reshape(split * _along_keys(lanes, split), x.shape)
+    return gl.convert_layout(scaled, x.type.layout, assert_trivial=True)
 
 
 # ---------------------------------------------------------------------------------------------------- the consumers
@@ -421,6 +596,7 @@ def _consumer(
     shared, operands, WHO: gl.constexpr, BLOCK_N: gl.constexpr, UNIT: gl.constexpr, PART: gl.constexpr,
     RUNS: gl.constexpr, DVP: gl.constexpr, DV: gl.constexpr, ALIGN: gl.constexpr, UNITS_PER_TILE: gl.constexpr,
     P_SHIFT: gl.constexpr, PADDED: gl.constexpr, BIAS: gl.constexpr, STAGES: gl.constexpr, OVERLAP: gl.constexpr,
+    LAZY: gl.constexpr,
 ):  # fmt: skip
     q_smem, k_smem, v_smem, q_full, k_full, v_full, free = shared
     unit_list, n_units, notes, q_scale, q_factor, outputs = operands
@@ -459,7 +635,13 @@ def _consumer(
             s, m, factor, valid, unit, notes, S_LAYOUT, BLOCK_N, UNIT, PART, P_SHIFT, PADDED, BIAS, HALVES
         )  # fmt: skip
         upper, lower = _row_halves(gl.exp2(logs))
-        l_upper, l_lower = _lane_sums(upper), _lane_sums(lower)
+        if LAZY:
+            base_upper, base_lower = _by_lanes(m - P_SHIFT, l_upper)
+            upper, base_upper, l_upper, alpha_upper = _settle(upper, base_upper, l_upper)
+            lower, base_lower, l_lower, alpha_lower = _settle(lower, base_lower, l_lower)
+            alpha = alpha_upper, alpha_lower
+        else:
+            l_upper, l_lower = _lane_sums(upper), _lane_sums(lower)
         packed = _whole_rows(_pack(upper), _pack(lower))
         mbarrier.wait(v_full.index(0), 0)
         v_slot = 0
@@ -471,7 +653,7 @@ def _consumer(
                 pv = _start_values(packed, v_smem.index(v_slot), O_LAYOUT, BLOCK_N, DVP)
             else:
                 pv = _start_values(packed, v_smem.index(v_slot), O_LAYOUT, BLOCK_N, DVP)
-                acc = _add(acc, alpha, warpgroup_mma_wait(0, deps=(pv,)), O_LAYOUT)
+                acc = _add(acc, alpha, warpgroup_mma_wait(0, deps=(pv,)), O_LAYOUT, LAZY)
                 s = _start_scores(q, k_smem.index(k_slot), S_LAYOUT, BLOCK_N)
             unit = next_unit
             factor, valid = _facts(
@@ -483,29 +665,41 @@ def _consumer(
             mbarrier.wait(k_full.index(next_slot), next_phase)
             s = warpgroup_mma_wait(1 if OVERLAP else 0, deps=(s,))
             last_alpha = alpha
-            logs, m, alpha = _exponents(
-                s, m, factor, valid, unit, notes, S_LAYOUT, BLOCK_N, UNIT, PART, P_SHIFT, PADDED, BIAS, HALVES
-            )  # fmt: skip
-            upper, lower = _row_halves(logs)
-            alpha_upper, alpha_lower = gl.split(gl.permute(gl.reshape(alpha, [4, 2, 8]), [0, 2, 1]))
-            upper = gl.exp2(upper)
-            l_upper = _add_sums(l_upper, alpha_upper, upper)
+            if LAZY:
+                s = _seen(s, factor, valid, unit, notes, S_LAYOUT, BLOCK_N, UNIT, PART, PADDED, BIAS)
+                upper, lower = _lazy_exponents(s, factor, (base_upper, base_lower), S_LAYOUT, BLOCK_N, PART)
+                upper, base_upper, l_upper, alpha_upper = _settle(upper, base_upper, l_upper)
+            else:
+                logs, m, alpha = _exponents(
+                    s, m, factor, valid, unit, notes, S_LAYOUT, BLOCK_N, UNIT, PART, P_SHIFT, PADDED, BIAS, HALVES
+                )  # fmt: skip
+                upper, lower = _row_halves(logs)
+                alpha_upper, alpha_lower = gl.split(gl.permute(gl.reshape(alpha, [4, 2, 8]), [0, 2, 1]))
+                upper = gl.exp2(upper)
+                l_upper = _add_sums(l_upper, alpha_upper, upper)
             # This wait, long over, is a branch: it keeps the assembler from moving the wait for pv up to the maxima.
             # What comes after it fills the slots that the exponentials of the lower rows leave, 7 in 8.
             mbarrier.wait(v_full.index(k_slot), phase)
             if OVERLAP:
-                acc = _add(acc, last_alpha, warpgroup_mma_wait(0, deps=(pv,)), O_LAYOUT)
+                acc = _add(acc, last_alpha, warpgroup_mma_wait(0, deps=(pv,)), O_LAYOUT, LAZY)
             mbarrier.arrive(free.index(v_slot), count=1)
             lower = gl.exp2(lower)
-            l_lower = _add_sums(l_lower, alpha_lower, lower)
+            if LAZY:
+                lower, base_lower, l_lower, alpha_lower = _settle(lower, base_lower, l_lower)
+                alpha = alpha_upper, alpha_lower
+            else:
+                l_lower = _add_sums(l_lower, alpha_lower, lower)
             packed = _whole_rows(_pack(upper), _pack(lower))
             v_slot = k_slot
             k_slot, phase = next_slot, next_phase
 
         pv = _start_values(packed, v_smem.index(v_slot), O_LAYOUT, BLOCK_N, DVP)
-        acc = _add(acc, alpha, warpgroup_mma_wait(0, deps=(pv,)), O_LAYOUT)
+        acc = _add(acc, alpha, warpgroup_mma_wait(0, deps=(pv,)), O_LAYOUT, LAZY)
+        if LAZY:
+            m = gl.permute(gl.max(gl.join(base_upper, base_lower), 2), [0, 2, 1])  # the same in all lanes
+            m = gl.convert_layout(gl.reshape(m, [ROWS]), gl.SliceLayout(1, S_LAYOUT)) + P_SHIFT
 
-    # Normalise. A row that has met a key has a sum of at least 2^P_SHIFT.
+    # Normalise. A row that has met a key has a sum above zero.
     total = gl.permute(gl.sum(gl.join(l_upper, l_lower), 2), [0, 2, 1])
     total = gl.convert_layout(gl.reshape(total, [ROWS]), gl.SliceLayout(1, S_LAYOUT))
     empty = total == 0.0
@@ -541,14 +735,9 @@ def _consumer(
 # ------------------------------------------------------------------------------------------------------- the kernel
 
 
-@gluon.jit(
-    do_not_specialize=[
-        "heads", "q_length", "q_slots", "k_slots", "q_tiles", "k_tiles", "mask_heads", "capacity", "phases",
-        "phase_group", "bias_sb", "bias_sh", "state_sb", "state_sh",
-        "out_stride_batch", "out_stride_head", "out_stride_token",
-    ]
-)  # fmt: skip
-def attention_forward(
+@gluon.jit
+def _program(
+    block, head, batch,
     q_desc, k_desc, v_desc, out, lse, q_scale, k_scale, v_scale, v_mean, lse_shift,
     key_bias, bias_state, bias_sb, bias_sh, state_sb, state_sh,
     unit_count, unit_index, unit_valid, q_blocks, q_token, phase,
@@ -557,17 +746,11 @@ def attention_forward(
     GROUP: gl.constexpr, BLOCK_N: gl.constexpr, UNIT: gl.constexpr, TILE: gl.constexpr, RUNS: gl.constexpr,
     DP: gl.constexpr, DVP: gl.constexpr, DV: gl.constexpr, ALIGN: gl.constexpr, P_SHIFT: gl.constexpr,
     PADDED: gl.constexpr, CONSUMERS: gl.constexpr, STAGES: gl.constexpr, OVERLAP: gl.constexpr,
-    CONSUMER_REGS: gl.constexpr, PRODUCER_REGS: gl.constexpr,
+    CONSUMER_REGS: gl.constexpr, PRODUCER_REGS: gl.constexpr, LAZY: gl.constexpr,
 ):  # fmt: skip
-    """Grid: (query blocks, H, B), so that the blocks of a head run side by side and share its K and V in the L2 cache.
-
-    :func:`launch` says what the arguments are. Needs ``num_warps=4``: the first consumer's.
-    """
+    """What becomes of one block of queries. :func:`launch` says what the arguments are."""
     BIAS: gl.constexpr = key_bias is not None
     PART: gl.constexpr = min(SUBTILE if RUNS > 1 else UNIT, UNIT)
-    block = gl.program_id(0)
-    head = gl.program_id(1)
-    batch = gl.program_id(2)
     q_head = batch * heads + head
     k_head = batch * (heads // GROUP) + head // GROUP
 
@@ -616,16 +799,16 @@ def attention_forward(
     shared = (q_smem, k_smem, v_smem, q_full, k_full, v_full, free)
     outputs = (v_scale, v_mean, lse_shift, q_token, rows, out, out_stride_token, lse)
     notes = (k_scale, unit_valid, bias_state, key_bias)
-    operands = (unit_list, n_units, notes, q_scale, q_factor, outputs)
     q_row = q_head * q_slots + first
     k_row = k_head * k_slots
     v_row = k_head * DVP
+    operands = (unit_list, n_units, notes, q_scale, q_factor, outputs)
     # Spelled out: compile-time values that go through a variable would become run-time values.
     if CONSUMERS == 1:
         gl.warp_specialize(
             [
                 (_consumer, (shared, operands, 0, BLOCK_N, UNIT, PART, RUNS, DVP, DV, ALIGN, PER_TILE, P_SHIFT, PADDED,
-                             BIAS, STAGES, OVERLAP)),
+                             BIAS, STAGES, OVERLAP, LAZY)),
                 (_producer, (q_desc, k_desc, v_desc, shared, unit_list, n_units, q_row, k_row, v_row, STAGES, UNIT,
                              BLOCK_N, CONSUMERS)),
             ],
@@ -636,9 +819,9 @@ def attention_forward(
         gl.warp_specialize(
             [
                 (_consumer, (shared, operands, 0, BLOCK_N, UNIT, PART, RUNS, DVP, DV, ALIGN, PER_TILE, P_SHIFT, PADDED,
-                             BIAS, STAGES, OVERLAP)),
+                             BIAS, STAGES, OVERLAP, LAZY)),
                 (_consumer, (shared, operands, 1, BLOCK_N, UNIT, PART, RUNS, DVP, DV, ALIGN, PER_TILE, P_SHIFT, PADDED,
-                             BIAS, STAGES, OVERLAP)),
+                             BIAS, STAGES, OVERLAP, LAZY)),
                 (_producer, (q_desc, k_desc, v_desc, shared, unit_list, n_units, q_row, k_row, v_row, STAGES, UNIT,
                              BLOCK_N, CONSUMERS)),
             ],
@@ -649,17 +832,90 @@ def attention_forward(
         gl.warp_specialize(
             [
                 (_consumer, (shared, operands, 0, BLOCK_N, UNIT, PART, RUNS, DVP, DV, ALIGN, PER_TILE, P_SHIFT, PADDED,
-                             BIAS, STAGES, OVERLAP)),
+                             BIAS, STAGES, OVERLAP, LAZY)),
                 (_consumer, (shared, operands, 1, BLOCK_N, UNIT, PART, RUNS, DVP, DV, ALIGN, PER_TILE, P_SHIFT, PADDED,
-                             BIAS, STAGES, OVERLAP)),
+                             BIAS, STAGES, OVERLAP, LAZY)),
                 (_consumer, (shared, operands, 2, BLOCK_N, UNIT, PART, RUNS, DVP, DV, ALIGN, PER_TILE, P_SHIFT, PADDED,
-                             BIAS, STAGES, OVERLAP)),
+                             BIAS, STAGES, OVERLAP, LAZY)),
                 (_producer, (q_desc, k_desc, v_desc, shared, unit_list, n_units, q_row, k_row, v_row, STAGES, UNIT,
                              BLOCK_N, CONSUMERS)),
             ],
             [4, 4, 1],
             [CONSUMER_REGS, CONSUMER_REGS, PRODUCER_REGS],
         )  # fmt: skip
+
+
+CHECK = gl.constexpr(gl.BlockedLayout([1, 1], [1, 32], [1, 4], [1, 0]))
+"""Layout of [query blocks, rows]."""
+
+
+@gluon.jit
+def _overflows(block, q_blocks, q_token, lse, CONSUMERS: gl.constexpr):
+    """Whether a row of these blocks has an infinite log-sum-exp: whether its weights have outgrown float32."""
+    WIDTH: gl.constexpr = ROWS * (4 if CONSUMERS == 3 else CONSUMERS)
+    row = gl.expand_dims(gl.arange(0, WIDTH, gl.SliceLayout(0, CHECK)), 0)
+    first = gl.expand_dims(gl.load(q_blocks + block * 3 + 1), 1)
+    inside = row < gl.expand_dims(gl.load(q_blocks + block * 3 + 2), 1)
+    token = gl.load(q_token + first + row, mask=inside, other=0)
+    found = gl.load(lse + token, mask=inside, other=0.0) == float("inf")
+    return gl.max(gl.max(found.to(gl.int32), 1), 0) > 0
+
+
+@gluon.jit(
+    do_not_specialize=[
+        "heads", "q_length", "q_slots", "k_slots", "q_tiles", "k_tiles", "mask_heads", "capacity", "phases",
+        "phase_group", "bias_sb", "bias_sh", "state_sb", "state_sh",
+        "out_stride_batch", "out_stride_head", "out_stride_token", "blocks",
+    ]
+)  # fmt: skip
+def attention_forward(
+    q_desc, k_desc, v_desc, out, lse, q_scale, k_scale, v_scale, v_mean, lse_shift,
+    key_bias, bias_state, bias_sb, bias_sh, state_sb, state_sh,
+    unit_count, unit_index, unit_valid, q_blocks, q_token, phase,
+    heads, q_length, q_slots, k_slots, q_tiles, k_tiles, mask_heads, capacity, phases, phase_group, softmax_scale,
+    out_stride_batch, out_stride_head, out_stride_token,
+    blocks,
+    GROUP: gl.constexpr, BLOCK_N: gl.constexpr, UNIT: gl.constexpr, TILE: gl.constexpr, RUNS: gl.constexpr,
+    DP: gl.constexpr, DVP: gl.constexpr, DV: gl.constexpr, ALIGN: gl.constexpr, P_SHIFT: gl.constexpr,
+    PADDED: gl.constexpr, CONSUMERS: gl.constexpr, STAGES: gl.constexpr, OVERLAP: gl.constexpr,
+    CONSUMER_REGS: gl.constexpr, PRODUCER_REGS: gl.constexpr, LAZY: gl.constexpr,
+    AGAIN: gl.constexpr,
+):  # fmt: skip
+    """Grid: (query blocks, H, B), so that the blocks of a head run side by side and share its K and V in the L2 cache.
+
+    With AGAIN: (runs of AGAIN query blocks, H, B), for those blocks that :func:`_overflows` finds. :func:`launch` says what
+    the arguments are. Needs ``num_warps=4``: the first consumer's.
+    """
+    head = gl.program_id(1)
+    batch = gl.program_id(2)
+    if AGAIN == 0:
+        _program(
+            gl.program_id(0), head, batch,
+            q_desc, k_desc, v_desc, out, lse, q_scale, k_scale, v_scale, v_mean, lse_shift,
+            key_bias, bias_state, bias_sb, bias_sh, state_sb, state_sh, unit_count, unit_index,
+            unit_valid, q_blocks, q_token, phase, heads, q_length, q_slots, k_slots, q_tiles, k_tiles,
+            mask_heads, capacity, phases, phase_group, softmax_scale, out_stride_batch, out_stride_head,
+            out_stride_token, GROUP, BLOCK_N, UNIT, TILE, RUNS, DP, DVP, DV, ALIGN, P_SHIFT, PADDED,
+            CONSUMERS, STAGES, OVERLAP, CONSUMER_REGS, PRODUCER_REGS, LAZY,
+        )  # fmt: skip
+    else:
+        first = gl.program_id(0) * AGAIN
+        lse_of_head = lse + (batch * heads + head).to(gl.int64) * q_length
+        if _overflows(gl.minimum(first + gl.arange(0, AGAIN, _axis_layout(0, CHECK, 2)), blocks - 1), q_blocks, q_token,
+                      lse_of_head, CONSUMERS):  # fmt: skip
+            for block in range(first, gl.minimum(first + AGAIN, blocks)):
+                if _overflows(gl.full([1], 0, gl.int32, _axis_layout(0, CHECK, 2)) + block, q_blocks, q_token,
+                              lse_of_head, CONSUMERS):  # fmt: skip
+                    _program(
+                        block, head, batch,
+                        q_desc, k_desc, v_desc, out, lse, q_scale, k_scale, v_scale, v_mean,
+                        lse_shift, key_bias, bias_state, bias_sb, bias_sh, state_sb, state_sh, unit_count,
+                        unit_index, unit_valid, q_blocks, q_token, phase, heads, q_length, q_slots, k_slots,
+                        q_tiles, k_tiles, mask_heads, capacity, phases, phase_group, softmax_scale,
+                        out_stride_batch, out_stride_head, out_stride_token, GROUP, BLOCK_N, UNIT, TILE,
+                        RUNS, DP, DVP, DV, ALIGN, P_SHIFT, PADDED, CONSUMERS, STAGES, OVERLAP,
+                        CONSUMER_REGS, PRODUCER_REGS, LAZY,
+                    )  # fmt: skip
 
 
 # ---------------------------------------------------------------------------------------------------------- the host
@@ -770,8 +1026,11 @@ def launch(
     overlap: bool | None = None,
     consumer_regs: int | None = None,
     producer_regs: int = 24,
-) -> Any:
-    """Fill ``out`` and ``lse`` on the current stream; no host sync, nothing allocated.
+) -> list[Any]:
+    """Fill ``out`` and ``lse`` on the current stream; no host sync.
+
+    Without a bias, two launches: the second repeats, block by block and with every row's maximum, what the first could
+    not hold in float32, and returns at once where there is nothing to repeat.
 
     Args:
         packed: FP8 operands, an object with (all contiguous, on one device)
@@ -803,7 +1062,7 @@ def launch(
         consumer_regs, producer_regs: registers per thread. The first consumer gets what the others leave.
 
     Returns:
-        The compiled kernel.
+        The compiled kernels.
 
     Raises:
         ValueError: operands that this kernel cannot run.
@@ -838,18 +1097,27 @@ def launch(
     if bias is not None:
         biases = (bias.bias, bias.state, *(n // 32 for n in _strides(bias.bias)), *_strides(bias.state))
     keys = tables.keys
-    return attention_forward[(q_blocks.shape[0], heads, batch)](
+    blocks = q_blocks.shape[0]
+    lazy = bias is None
+    arguments = (
         q_desc, k_desc, v_desc, out, lse, packed.q_scale, packed.k_scale, packed.v_scale, packed.v_mean,
         packed.lse_shift,
         *biases, keys.count, keys.index, keys.valid, q_blocks, tables.q_token, phase,
         heads, out.shape[1], q_slots, k_slots, packed.q_scale.shape[2], packed.k_scale.shape[2], keys.count.shape[1],
         keys.index.shape[-1], keys.count.shape[0], batch // phase.numel(), scale,
-        out.stride(0) // align, out.stride(2) // align, out.stride(1) // align,
+        out.stride(0) // align, out.stride(2) // align, out.stride(1) // align, blocks,
+    )  # fmt: skip
+    options = dict(
         GROUP=heads // key_heads, BLOCK_N=block_n, UNIT=unit, TILE=slots, RUNS=runs, DP=dp, DVP=dvp,
         DV=out.shape[-1], ALIGN=align, P_SHIFT=p_shift, PADDED=padded, CONSUMERS=consumers, STAGES=stages,
-        OVERLAP=overlap, CONSUMER_REGS=consumer_regs, PRODUCER_REGS=producer_regs,
-        num_warps=4, **limits,
+        CONSUMER_REGS=consumer_regs, PRODUCER_REGS=producer_regs, num_warps=4, **limits,
     )  # fmt: skip
+    compiled = [attention_forward[blocks, heads, batch](*arguments, **options, OVERLAP=overlap, LAZY=lazy, AGAIN=0)]
+    if lazy:
+        grid = (-(-blocks // AGAIN_BLOCKS), heads, batch)
+        again = attention_forward[grid](*arguments, **options, OVERLAP=False, LAZY=False, AGAIN=AGAIN_BLOCKS)
+        compiled.append(again)
+    return compiled
 
 
 def _why_not_operands(packed: Any, tables: Any, out: torch.Tensor, block_n: int) -> str | None:

@@ -34,18 +34,18 @@ def spec_of(target: str, quant: str = "fp8", dim: int = 128, tile=(4, 8, 8), **f
 
 
 @functools.lru_cache(maxsize=64)
-def artifacts_of(spec: KernelSpec, config: KernelConfig) -> Artifacts:
-    return offline.forward_artifacts(spec, config)
+def artifacts_of(spec: KernelSpec, config: KernelConfig, launch: int = 0) -> Artifacts:
+    return offline.forward_artifacts(spec, config, launch)
 
 
 @functools.lru_cache(maxsize=64)
-def report_of(spec: KernelSpec, config: KernelConfig) -> binary.BinaryReport:
+def report_of(spec: KernelSpec, config: KernelConfig, launch: int = 0) -> binary.BinaryReport:
     """Raises where ptxas serialized matrix products."""
-    return binary.inspect_artifacts(artifacts_of(spec, config))
+    return binary.inspect_artifacts(artifacts_of(spec, config, launch))
 
 
-def check_resources(spec: KernelSpec, config: KernelConfig) -> binary.BinaryReport:
-    report = report_of(spec, config)
+def check_resources(spec: KernelSpec, config: KernelConfig, launch: int = 0) -> binary.BinaryReport:
+    report = report_of(spec, config, launch)
     assert report.unfollowed == 0
     assert report.spill_bytes == 0
     assert report.stack_bytes == 0
@@ -129,6 +129,8 @@ def test_no_default_of_the_hopper_kernel_spills(dim: int, tile: tuple[int, int, 
     config = config_of(spec, torch.device("cuda"))
     assert config.variant == "hopper"
     check_resources(spec, config)
+    if spec.key_mask == "none":
+        check_resources(spec, config, launch=1)
 
 
 def test_hopper_main_loop() -> None:
@@ -139,19 +141,33 @@ def test_hopper_main_loop() -> None:
     assert loop.tensor == {"QGMMA.64x128x32.F32.E4M3.E4M3": 8}
     assert loop.flops == 2 * 2 * 64 * 128 * 128 // 4
     assert "HGMMA" not in report.opcodes
-    for detour in ("shared_load", "shared_store", "local", "permute"):
+    for detour in ("shared_load", "shared_store", "local"):
         assert loop.every.get(detour, 0) == 0, detour
-    assert loop.every["shuffle"] == 4  # the rows' maxima, across the four lanes that hold a row
+    assert loop.every["permute"] == 16  # two pairs of weights into a register
+    # No row's maximum is looked for; four lanes confer, and weights are multiplied, where some leave E4M3.
+    for rare in ("shuffle", "minmax"):
+        assert loop.every.get(rare, 0) == 0, rare
+        assert loop.some[rare] == 4, rare
+    assert loop.some["float"] == 64
     assert loop.some["select"] > 64  # most blocks have no padding to be masked
 
 
 def test_hopper_main_loop_where_tiles_divide_the_grid() -> None:
     """Four slots of 128 are empty: few scores are masked in every block, and no other work is conditional."""
     loop = check_resources(spec_of("cuda:90", tile=(7, 9, 4)), HOPPER).main_loop
-    assert loop.every["select"] == 8
-    assert "select" not in loop.some
-    # What follows the wait for the values runs between the exponentials of the lower rows.
+    assert loop.every["select"] == 8 + 2
+    assert loop.some["select"] == 4
+    assert loop.every["mufu"] == 64
+
+
+def test_hopper_main_loop_with_every_maximum() -> None:
+    """What does again a block of queries whose scores outgrew float32, and what a mask takes."""
+    loop = check_resources(spec_of("cuda:90", tile=(7, 9, 4)), HOPPER, launch=1).main_loop
+    assert loop.every["shuffle"] == 4  # the rows' maxima, across the four lanes that hold a row
+    assert loop.every["minmax"] == 68
     assert loop.every["mufu"] == 64 + 2
+    masked = check_resources(spec_of("cuda:90", tile=(7, 9, 4), key_mask="bool"), HOPPER).main_loop
+    assert masked.every["shuffle"] == 4
 
 
 @pytest.mark.parametrize("config", [default_config(spec_of("cuda:90")), KernelConfig(128, 8, 3)], ids=str)
@@ -162,9 +178,9 @@ def test_plain_main_loop_on_sm90(config: KernelConfig) -> None:
     for detour in ("shared_store", "local", "permute"):
         assert loop.every.get(detour, 0) == 0, detour
     assert loop.every["shuffle"] <= 8
-    # one exponential per weight and one per row, two conversions per instruction
+    # one exponential per weight and one per row, two conversions per instruction, and maxima are rounded up
     assert loop.every["mufu"] == 64 + 2
-    assert loop.every["convert"] == 64 // 2
+    assert loop.every["convert"] == 64 // 2 + 2
 
 
 GOLDEN_CASES = {

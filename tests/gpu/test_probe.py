@@ -46,10 +46,14 @@ def launches(probe: ModuleType, case: Any) -> list[tuple[Any, ...]]:
 @pytest.mark.parametrize("name", ["base", "bias of heads", "D=80, DV=36", "tiles of 64, subtile"])
 def test_small_cases_can_be_launched(probe: ModuleType, name: str) -> None:
     case = probe.small_case(**probe.SMALL[name])
-    [(grid, args, options)] = launches(probe, case)
+    found = launches(probe, case)
     names = probe.load_kernel().attention_forward.arg_names
-    assert len(args) == len([p for p in names if p not in options])
-    assert grid[0] >= len(case.q_blocks)
+    for _grid, args, options in found:
+        assert len(args) == len([p for p in names if p not in options])
+    assert [options["LAZY"] for *_, options in found] == ([True, False] if case.bias is None else [False])
+    assert found[0][0][0] >= len(case.q_blocks)
+    for grid, _args, options in found[1:]:
+        assert grid[0] * options["AGAIN"] >= len(case.q_blocks)
 
 
 def test_scores_are_small_enough_for_fp8_products(probe: ModuleType) -> None:
