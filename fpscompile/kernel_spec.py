@@ -14,8 +14,8 @@ Rounding contract of P (``quant="fp8"``)
         l    = l   * 2^(m_{j-1} - m_j) + rowsum(2^(S_j - m_j))     # from the unrounded P, float32
 
     and the output is ``v_scale * acc / (p_scale * l)``, plus V's mean where that was subtracted (all of it: the weights
-    that it belongs to are the unrounded ones, whose sum is ``l``), the log-sum-exp ``(m + log2(l)) / log2(e)``, plus the
-    shift that K-mean smoothing took from the scores (see :meth:`fpscompile.quant.QuantizedAttention.lse_shift`).
+    that it belongs to are the unrounded ones, whose sum is ``l``), the log-sum-exp ``(m + log2(l)) / log2(e)``, plus
+    the shift that K-mean smoothing took from the scores (see :meth:`fpscompile.quant.QuantizedAttention.lse_shift`).
     Invalid slots have ``S = -inf``. A row with no valid key gives zeros and ``-inf``. Query blocking does not enter.
 
     Since ``m`` is a whole number, the rounding of a weight depends on neither blocks nor order as long as the weight is

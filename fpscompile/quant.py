@@ -34,6 +34,7 @@ Rotating multiplies Q and K (after smoothing, before their scales) by one orthon
 from __future__ import annotations
 
 import functools
+import math
 from dataclasses import dataclass
 
 import torch
@@ -126,6 +127,12 @@ def round_e4m3(x: torch.Tensor) -> torch.Tensor:
     power = (x.view(torch.int32) & 0x7F800000).view(torch.float32).clamp_(min=2.0**-6)
     magic = power.mul_(1.5 * 2**20)
     return (x + magic).sub_(magic)
+
+
+def rounding_base(highest: torch.Tensor) -> torch.Tensor:
+    """What is taken from scores before their weights are rounded: the least ``n * log(2)``, ``n`` a whole number, that
+    is not below ``highest`` (natural units). See the rounding contract of :mod:`fpscompile.kernel_spec`."""
+    return (highest / math.log(2.0)).ceil() * math.log(2.0)
 
 
 def work_dtype(dtype: torch.dtype) -> torch.dtype:

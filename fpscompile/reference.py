@@ -23,7 +23,6 @@ it out. With ``hadamard``, Q_hat and K_hat are rotated, and dQ and dK are rotate
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 import torch
@@ -33,7 +32,7 @@ from fpscompile.hadamard import rotate
 from fpscompile.kernel_spec import tile_slots
 from fpscompile.masks import BlockMask, expand_mask
 from fpscompile.plan import ResolvedPlan
-from fpscompile.quant import quantize_attention, to_e4m3, work_dtype
+from fpscompile.quant import quantize_attention, rounding_base, to_e4m3, work_dtype
 
 NEG_INF = float("-inf")
 
@@ -236,7 +235,7 @@ def _rounded_weights(scores: torch.Tensor, block_n: int, p_scale: float) -> torc
     denominator = scores.new_zeros(rows, 1)
     rounded: list[torch.Tensor] = []
     for block in scores.split(block_n, dim=1):
-        new_max = torch.maximum(running_max, _whole_power(block.amax(1, keepdim=True)))
+        new_max = torch.maximum(running_max, rounding_base(block.amax(1, keepdim=True)))
         shift = _finite(new_max)
         rescale = torch.exp(running_max - shift)
         p = torch.exp(block - shift)
@@ -257,11 +256,6 @@ def _softmax(scores: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     none = total == 0
     total = total.masked_fill(none, 1.0)
     return p / total, (shift + torch.log(total)).masked_fill(none, NEG_INF).squeeze(-1)
-
-
-def _whole_power(score: torch.Tensor) -> torch.Tensor:
-    """The least ``n * log(2)``, ``n`` a whole number, that is not below a score."""
-    return (score / math.log(2.0)).ceil() * math.log(2.0)
 
 
 def _finite(maximum: torch.Tensor) -> torch.Tensor:

@@ -187,8 +187,8 @@ def test_no_score_matrix_is_ever_held(monkeypatch: pytest.MonkeyPatch) -> None:
     assert largest.numel < made.q_layout.length**2 / 4
 
 
-def test_fp8_statistics_are_near_the_kernels_errors() -> None:
-    """Of every granularity, dense and sparse; P's rounding is followed by its largest value only."""
+def test_fp8_statistics_are_the_kernels_errors() -> None:
+    """Of every granularity, dense and sparse, the rounding of P included."""
     made = site((2, 8, 8), 0, 0, quant="fp8")
     q, k, v = tensors(made)
     q[0] *= 30  # makes one scale for all heads a bad one
@@ -199,7 +199,7 @@ def test_fp8_statistics_are_near_the_kernels_errors() -> None:
         resolved = resolve(Plan((2, 4, 4), (phase,), quant="fp8", lowering="gather"), (2, 8, 8), 128, 128)
         out, _ = gather.forward(q[None], k[None], v[None], key_mask=None, phases=(0,), resolved=resolved, scale=0.25)
         actual = float((out - exact).norm() / exact.norm())
-        assert float(found.error[:, index, level].sum().sqrt()) == pytest.approx(actual, rel=0.15)
+        assert float(found.error[:, index, level].sum().sqrt()) == pytest.approx(actual, rel=1e-3)
 
 
 # The choice

@@ -169,4 +169,5 @@ def test_two_processes(kind: str, alone: dict[str, Tensor], two_processes: Path)
     if kind == "fsdp2":
         model = make()
         alone = gradients(model, compiled(model, CONSTANT), inputs())
-    close(torch.load(two_processes / f"{kind}.pt"), alone)
+    # Sums in another order make a few FP8 weights round the other way.
+    close(torch.load(two_processes / f"{kind}.pt"), alone, 1e-3 if kind == "fsdp2" else 1e-4)

@@ -23,7 +23,7 @@ from torch.nn.functional import pad
 
 from fpscompile.calibration.candidates import Candidates
 from fpscompile.plan import P_SCALE
-from fpscompile.quant import quantize_attention, round_e4m3
+from fpscompile.quant import quantize_attention, round_e4m3, rounding_base
 from fpscompile.remainder import TileKeys
 from fpscompile.selection import choose_tiles, tile_scores
 from fpscompile.tiling import TileLayout
@@ -239,16 +239,20 @@ class _Operands:
         at = rows.to(self.q.device)
         scores = self.q[heads][:, at] @ keys.mT * scale
         scores += bias[heads] if len(bias) > 1 else bias
-        top = scores.amax(-1, keepdim=True).nan_to_num(neginf=0.0)
-        p = torch.exp(scores - top)
-        tiles = p.unflatten(2, (self.layout.n_tiles, -1)).transpose(1, 2)  # [h, k_tiles, rows, slots]
-        weights = round_e4m3(tiles * P_SCALE) / P_SCALE if round_p else tiles
-        sums = tiles.sum(-1), weights @ values.unflatten(1, (self.layout.n_tiles, -1))
+        tiles = scores.unflatten(2, (self.layout.n_tiles, -1)).transpose(1, 2)  # [h, k_tiles, rows, slots]
+        # Whatever whole number is taken from a tile's scores, its weights are rounded the same, and its own largest
+        # keeps those of tiles that are far below others.
+        own = rounding_base(tiles.amax(-1, keepdim=True)).nan_to_num(neginf=0.0)
+        top = scores.amax(-1, keepdim=True).nan_to_num(neginf=0.0)  # [h, rows, 1]
+        p = torch.exp(tiles - own)
+        weights = round_e4m3(p * P_SCALE) / P_SCALE if round_p else p
+        share = torch.exp(own - top[:, None])
+        sums = (p * share).sum(-1), weights @ values.unflatten(1, (self.layout.n_tiles, -1)) * share
         if self.means is None:
             return sums, None
-        own = self.means.keys.shape[1] > len(self.keys)  # the key mask differs by head
+        by_head = self.means.keys.shape[1] > len(self.keys)  # the key mask differs by head
         keys, values = (
-            _of_heads(x[0].float(), heads, 1 if own else group) for x in (self.means.keys, self.means.values)
+            _of_heads(x[0].float(), heads, 1 if by_head else group) for x in (self.means.keys, self.means.values)
         )
         count = self.means.log_count[0]
         q = self.q if self.exact_q is None else self.exact_q

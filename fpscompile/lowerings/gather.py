@@ -6,14 +6,13 @@ lists of similar length then go through one dense softmax together, in chunks of
 bias of -inf. Batch elements that are in the same phase go through all this together, as further heads.
 
 With ``quant="fp8"`` the weights follow the rounding contract of :mod:`fpscompile.kernel_spec`. The running maximum
-after block j is the cumulative maximum of the blocks' maxima, rounded up, so no loop over blocks is needed: with ``m`` the final
-maximum, block j's weights are ``P8_j * exp(m_j - m) / (p_scale * l)``. Gradients are those that
+after block j is the cumulative maximum of the blocks' maxima, rounded up, so no loop over blocks is needed: with ``m``
+the final maximum, block j's weights are ``P8_j * exp(m_j - m) / (p_scale * l)``. Gradients are those that
 :mod:`fpscompile.reference` states.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -24,7 +23,7 @@ from fpscompile.hadamard import unrotate
 from fpscompile.kernel_spec import tile_slots
 from fpscompile.masks import BlockMask
 from fpscompile.plan import ResolvedPlan
-from fpscompile.quant import place_of_token, quantize_attention, round_e4m3, work_dtype
+from fpscompile.quant import place_of_token, quantize_attention, round_e4m3, rounding_base, work_dtype
 from fpscompile.tiling import TileLayout
 
 NEG_INF = float("-inf")
@@ -451,8 +450,7 @@ def _rounded(scores: torch.Tensor, block_n: int, p_scale: float) -> tuple[torch.
     if keys % block_n:
         scores = torch.nn.functional.pad(scores, (0, block_n - keys % block_n), value=NEG_INF)
     blocks = scores.unflatten(-1, (-1, block_n))
-    highest = (blocks.amax(-1) / math.log(2.0)).ceil() * math.log(2.0)  # whole powers of two
-    running = highest.cummax(-1).values  # [..., blocks]: m_j
+    running = rounding_base(blocks.amax(-1)).cummax(-1).values  # [..., blocks]: m_j
     final = _finite(running[..., -1:])
     rescale = torch.exp(running - final)[..., None]
     p = torch.exp(blocks - _finite(running)[..., None])

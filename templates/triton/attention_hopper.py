@@ -18,10 +18,10 @@ A consumer handles block j of its list so (* goes on in the background; with OVE
     acc = acc * alpha_{j-1} + pv      float32; every product starts from zero, since FP8 products keep about 14 bits
     P_j to E4M3                       registers only: the keys of V are stored in the order in which S comes out
 
-P_j = 2^(S_j - base), and the base is a whole number, so that it makes no difference to how P is rounded. Where a row may
-see no key at first (BIAS) it is the running maximum. Elsewhere (LAZY) only the first block's maxima are looked for: the
-base is what they were, and goes up where P would leave E4M3 (:func:`_fit`). Should a row's scores outgrow float32 within
-a block, by 2^120, its log-sum-exp comes out infinite, and a second launch does that block of queries again, not LAZY.
+P_j = 2^(S_j - base), and the base is a whole number, so that it makes no difference to how P is rounded. Where a row
+may see no key at first (BIAS) it is the running maximum. Elsewhere (LAZY) only the first block's maxima are looked for:
+the base is what they were, and goes up where P would leave E4M3 (:func:`_fit`). Should a row's weights outgrow float32
+within a block, its log-sum-exp comes out infinite, and a second launch does that block of queries again, not LAZY.
 
 Symbols
     H, Hk       query heads, key heads                    BLOCK_N  key slots per block
@@ -541,12 +541,16 @@ def _fit(p, sums, base):
 
 
 @gluon.jit
-def _lazy_exponents(s, factor, base, S_LAYOUT: gl.constexpr, BLOCK_N: gl.constexpr, PART: gl.constexpr):
+def _lazy_exponents(
+    s, base, factor, valid, unit, notes, S_LAYOUT: gl.constexpr, BLOCK_N: gl.constexpr, UNIT: gl.constexpr,
+    PART: gl.constexpr, PADDED: gl.constexpr, BIAS: gl.constexpr,
+):  # fmt: skip
     """The weights of the upper rows, times 2^P_SHIFT, and the logarithms (base 2) of the lower rows': [4, 8, BLOCK_N].
 
     In this order, and no exponential of the lower rows yet: so the assembler puts them where there is time.
     """
     base_upper, base_lower = base
+    s = _seen(s, factor, valid, unit, notes, S_LAYOUT, BLOCK_N, UNIT, PART, PADDED, BIAS)
     if PART == BLOCK_N:
         upper, lower = _row_halves(s)
         upper = gl.exp2(_lane_logs(upper, factor, base_upper))
@@ -666,8 +670,9 @@ def _consumer(
             s = warpgroup_mma_wait(1 if OVERLAP else 0, deps=(s,))
             last_alpha = alpha
             if LAZY:
-                s = _seen(s, factor, valid, unit, notes, S_LAYOUT, BLOCK_N, UNIT, PART, PADDED, BIAS)
-                upper, lower = _lazy_exponents(s, factor, (base_upper, base_lower), S_LAYOUT, BLOCK_N, PART)
+                upper, lower = _lazy_exponents(
+                    s, (base_upper, base_lower), factor, valid, unit, notes, S_LAYOUT, BLOCK_N, UNIT, PART, PADDED, BIAS
+                )  # fmt: skip
                 upper, base_upper, l_upper, alpha_upper = _settle(upper, base_upper, l_upper)
             else:
                 logs, m, alpha = _exponents(
@@ -883,8 +888,8 @@ def attention_forward(
 ):  # fmt: skip
     """Grid: (query blocks, H, B), so that the blocks of a head run side by side and share its K and V in the L2 cache.
 
-    With AGAIN: (runs of AGAIN query blocks, H, B), for those blocks that :func:`_overflows` finds. :func:`launch` says what
-    the arguments are. Needs ``num_warps=4``: the first consumer's.
+    With AGAIN: (runs of AGAIN query blocks, H, B), for those blocks that :func:`_overflows` finds. :func:`launch` says
+    what the arguments are. Needs ``num_warps=4``: the first consumer's.
     """
     head = gl.program_id(1)
     batch = gl.program_id(2)

@@ -24,8 +24,9 @@ from fpscompile.quant import quantize_attention
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 ON_GPU = pytest.mark.skipif(DEVICE != "cuda", reason="Gluon kernels have no interpreter")
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 8e-3, torch.float16: 1e-3}
-TOLERANCE_FP8 = 5e-3
-"""Of every dtype. A bfloat16 output is itself rounded by 1.7e-3, and P may round the other way at ties: seen 1.7e-3."""
+TOLERANCE_FP8 = 5e-3 if DEVICE == "cpu" else 1.5e-2
+"""Of every dtype. A bfloat16 output is itself rounded by 1.7e-3, and P may round the other way at ties: seen 1.7e-3 in
+the interpreter. A GPU sums FP8 products in some 14 bits, so that more weights do: seen 9.6e-3."""
 
 LARGE = None if DEVICE == "cuda" else KernelConfig(256, 8, 3)
 """The interpreter's time follows the number of operations, not their size."""

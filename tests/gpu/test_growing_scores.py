@@ -1,7 +1,7 @@
 """Scores that grow, or fall, from one tile of keys to the next, in a few steps or beyond what float32 can hold.
 
-Kernels may subtract less than the running maximum (see :mod:`fpscompile.kernel_spec`): these rows say whether they notice
-when it no longer serves.
+Kernels may subtract less than the running maximum (see :mod:`fpscompile.kernel_spec`): these rows say whether they
+notice when it no longer serves.
 """
 
 from __future__ import annotations
