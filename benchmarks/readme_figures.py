@@ -248,7 +248,10 @@ def attention_gpu(report: dict[str, Any]) -> list[Row]:
                 f"{best['speedup']:.2f}x ({best['ms']:.1f} ms, {best['pre_share']:.0%} of it the pre-pass); "
                 f"kept blocks {best['kept_tflops']:.0f} TFLOP/s, {best['kept_tflops'] / peak:.0%} of FP8 matmul"
             )
-            what = f"{case}, density {best['density']:.2f}, tile {tile}: FP8 attention against the fastest bf16 SDPA"
+            run = " (run before, kernel with running maxima)" if best.get("run") == "before" else ""
+            what = (
+                f"{case}, density {best['density']:.2f}, tile {tile}{run}: FP8 attention against the fastest bf16 SDPA"
+            )
             out.append((what, figure, aims[target] if case == "Wan 14B 720p" else ""))
     return out
 

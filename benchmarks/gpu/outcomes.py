@@ -37,7 +37,7 @@ fill each other's gaps. What was tried on it, each against the version before:
 | four stages instead of three | 846 to 853 |
 
 Then the card draws its 700 W and lowers its clock from 1980 to about 1850 MHz; with zeros for operands it does not.
-"Where the cycles go" below is of the kernel as it is.
+"Where the cycles go" and "Without the running maximum" below are of what came after.
 
 Later attempts that are not in the kernel. **Persistent programs** (132 of them take one block of queries after another,
 and the producer loads the next one's keys during the last one's epilogue), on the operands of
@@ -101,14 +101,51 @@ not. Its race detector reports four places, all where Triton hands values to the
 barriers is not known.
 """
 
+MAXIMA = """## Without the running maximum
+
+That the kernel takes 26.7 ms without maxima (above) asked whether it needs them. It takes from a row's scores what the
+first block asked for, and more only where the weights of a lane, 32 of a row and a block, sum up to more than 448, the
+largest number of E4M3: the four lanes of the row then agree on a power of two. Where scores grow by 2^120 within a
+block, float32 overflows, and a second launch does that block of queries again with every maximum. Since what is taken
+is a whole number (of powers of two), weights are rounded alike whatever it is. The attention kernel alone, operands of
+`benchmarks/gpu/hopper_probe.py`, milliseconds, medians of four to six rounds in turn; ranges are of several runs:
+
+| case | every maximum | as it is | no maxima, no checks (results wrong) |
+|---|---|---|---|
+| Wan 14B 720p, tile 7x9x4, density 0.21 | 28.4 to 28.9 | 26.3 to 26.9 | 25.8 to 26.4 |
+| the same, density 0.05 | 7.3 to 7.5 | 7.0 to 7.1 | 6.7 to 6.8 |
+| the same, tile 4x8x8 | 21.0 | 20.1 | |
+| the same, tile 4x4x4 | 19.9 | 19.4 | |
+| 13x30x45, 48 heads of 64 features, tile 13x2x9 | 1.87 | 1.71 | |
+
+The second launch takes 15 us of the last row. Errors against float32 are those of before (0.0543 and 0.0541 in the
+first table's case): what whole numbers cost is that a row's largest weight, which used to be exact, is rounded as the
+others are. What did not pay, each beside the kernel with a check per half (26.1 to 26.6) in its own run:
+
+| change | ms |
+|---|---|
+| one check of both rows, after all exponentials | 29.9 |
+| one check of both rows, after P V is added | 28.2 |
+| one check at the end, weights cast before it, and again where they did not fit | 27.0 to 28.1 |
+| the check of the upper rows behind the wait for P V, all else between the lower rows' exponentials | 27.0 |
+| sums of 8 weights held against 448, not of 32 | 27.7 |
+| every maximum by a branch in the loop, for rows that overflow, and the roles started again | 27.3 to 28.4 |
+| one consumer half a block behind the other | 26.5 to 26.7 |
+
+A check waits for the last exponential, then some 70 cycles for its sum, its vote and its branch, and
+the assembler hides them if it finds exponentials of the other rows to put there. The sources of all rows of the second
+table differ in little else than where those end up.
+"""
+
 CYCLES = """## Where the cycles go
 
-The power limit is not all of it. Without its softmax (results wrong, time right) the kernel's loads and products take
-17 ms, 1400 TFLOP/s, at the same 690 W and 1545 MHz: what takes fewer cycles gets a lower clock, and at a lower clock's
-voltage a product takes less energy. Clocks read inside the kernel, by one program amid the others, tile 7x9x4, density
-0.2, cycles per block of 128 keys and consumer, before the changes below: maxima, exponentials and sums 1220, waiting
-for P V and adding it 180, the cast of P 150, waiting for the keys 260, starting the products 160, waiting for Q K^T
-195; in all 2160. The exponentials of the two warps of a scheduler need 1056 of its cycles, the tensor cores 1024.
+Of the kernel as it was with running maxima. The power limit is not all of it. Without its softmax (results wrong,
+time right) the kernel's loads and products take 17 ms, 1400 TFLOP/s, at the same 690 W and 1545 MHz: what takes fewer
+cycles gets a lower clock, and at a lower clock's voltage a product takes less energy. Clocks read inside the kernel,
+by one program amid the others, tile 7x9x4, density 0.2, cycles per block of 128 keys and consumer, before the changes
+below: maxima, exponentials and sums 1220, waiting for P V and adding it 180, the cast of P 150, waiting for the keys
+260, starting the products 160, waiting for Q K^T 195; in all 2160. The exponentials of the two warps of a scheduler
+need 1056 of its cycles, the tensor cores 1024.
 
 The exponentials come one every 8 cycles and leave 7 slots free, which the addition of P V and the cast of P can have if
 the code is cut between the exponentials of a thread's two rows: the wait for V, a branch, is there now, and what
@@ -278,14 +315,13 @@ besides.
 
 {measured_table(report)}
 
-All rows are of one run, each timed as a CUDA graph, in {report["rounds"]} rounds that time every kernel of a case in
-turn: all meet a card at its power limit. Cards differ: other runs, tile 7x9x4, density 0.2, gave 6.95x and 6.97x before
-the kernel's last change ("Where the cycles go"), and with it 7.05x (857 TFLOP/s; cuDNN took 203 ms) and, once the
-pre-pass was faster too, 7.12x twice and, where this tile alone was timed, 7.23x (861 TFLOP/s). For 64 features
-both changes pay as well: CogVideoX at density 1.0, sources before and after them in turn on one card, took 10.73 and
-10.35 ms with tile 4x8x8, 9.02 and 8.98 with 13x2x9; two cards differ by as much. Errors are relative L2, 512 rows of
-one head, random normal inputs, same mask: for FP8 they are E4M3's. The speed on kept pairs is over the total less the
-pre-pass, timed by itself.
+All rows but CogVideoX's are of one run, each timed as a CUDA graph, in {report["rounds"]} rounds that time every kernel
+of a case in turn: all meet a card at its power limit. CogVideoX's are of the run before, on another card, with the
+kernel as it was with running maxima. Cards differ: that kernel, tile 7x9x4, density 0.2, gave 7.12x to 7.23x (845 to
+861 TFLOP/s) in four runs. Blocks of 128 keys are 252 tokens to 256 slots with that tile: with what padding computes
+besides, the kernel's products run at 1.032 times the speed on kept pairs. Errors are relative L2, 512 rows of one head,
+random normal inputs, same mask: for FP8 they are E4M3's. The speed on kept pairs is over the total less the pre-pass,
+timed by itself.
 
 ## An earlier run
 
@@ -306,10 +342,12 @@ tile 7x9x4, density 0.2: 576 and 682.
 
 {PROFILE}
 {CYCLES}
+{MAXIMA}
 ## What a step is made of
 
-Kernels of one step of Wan 14B at 720p, cut to {profile["layers"]} blocks, tile 7x9x4, density 0.2, each column of a run
-of its own, on a {profile["machine"]["gpu"]} (`benchmarks/gpu/profile_model.py`):
+Kernels of one step of Wan 14B at 720p (attention as it was with running maxima), cut to {profile["layers"]} blocks,
+tile 7x9x4, density 0.2, each column of a run of its own, on a {profile["machine"]["gpu"]}
+(`benchmarks/gpu/profile_model.py`):
 
 {step_table(profile)}
 
