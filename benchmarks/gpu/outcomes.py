@@ -112,7 +112,7 @@ is a whole number (of powers of two), weights are rounded alike whatever it is. 
 
 | case | every maximum | as it is | no maxima, no checks (results wrong) |
 |---|---|---|---|
-| Wan 14B 720p, tile 7x9x4, density 0.21 | 28.4 to 28.9 | 26.3 to 26.9 | 25.8 to 26.4 |
+| Wan 14B 720p, tile 7x9x4, density 0.21 | 28.4 to 28.9 | 26.1 to 26.9 | 25.8 to 26.4 |
 | the same, density 0.05 | 7.3 to 7.5 | 7.0 to 7.1 | 6.7 to 6.8 |
 | the same, tile 4x8x8 | 21.0 | 20.1 | |
 | the same, tile 4x4x4 | 19.9 | 19.4 | |
@@ -120,7 +120,8 @@ is a whole number (of powers of two), weights are rounded alike whatever it is. 
 
 The second launch takes 15 us of the last row. Errors against float32 are those of before (0.0543 and 0.0541 in the
 first table's case): what whole numbers cost is that a row's largest weight, which used to be exact, is rounded as the
-others are. What did not pay, each beside the kernel with a check per half (26.1 to 26.6) in its own run:
+others are (`tests/test_reference.py` has it in figures). What did not pay, each beside the kernel with a check per half
+(26.1 to 26.6) in its own run:
 
 | change | ms |
 |---|---|
@@ -132,9 +133,9 @@ others are. What did not pay, each beside the kernel with a check per half (26.1
 | every maximum by a branch in the loop, for rows that overflow, and the roles started again | 27.3 to 28.4 |
 | one consumer half a block behind the other | 26.5 to 26.7 |
 
-A check waits for the last exponential, then some 70 cycles for its sum, its vote and its branch, and
-the assembler hides them if it finds exponentials of the other rows to put there. The sources of all rows of the second
-table differ in little else than where those end up.
+A check waits for the last exponential, then for its sum, its vote and its branch; the assembler hides that if it finds
+exponentials of the other rows to put there. The sources of all rows of the second table differ in little else than
+where those end up.
 """
 
 CYCLES = """## Where the cycles go
