@@ -223,15 +223,17 @@ def test_a_killed_writer_leaves_a_whole_file_and_no_lock(tmp_path: Path) -> None
     update(path, Contents({f"old {n}": entry(n) for n in range(500)}))
     start = multiprocessing.get_context("fork").Event()
     start.set()
-    for _ in range(4):
-        writer = process(_write_many, path, "new", 100_000, start)
-        time.sleep(random.uniform(0.05, 0.3))
+    for turn in range(4):
+        writer = process(_write_many, path, f"new {turn}", 100_000, start)
+        deadline = time.monotonic() + 60
+        while not any(key.startswith(f"new {turn}") for key in read(path).contents.sites):
+            assert time.monotonic() < deadline, "it never began to write"
+        time.sleep(random.uniform(0.0, 0.05))  # to be killed while it writes on
         writer.kill()
         writer.join(60)
         loaded = read(path)
         assert loaded.outcome == "read"
         assert sum(key.startswith("old") for key in loaded.contents.sites) == 500
-    assert any(key.startswith("new") for key in read(path).contents.sites), "it was killed while it wrote"
     update(path, Contents({"after": entry(1)}))
     assert "after" in read(path).contents.sites
 
