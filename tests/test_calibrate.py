@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
 import random
 from pathlib import Path
 from typing import Any
@@ -200,6 +201,18 @@ def test_fp8_statistics_are_the_kernels_errors() -> None:
         out, _ = gather.forward(q[None], k[None], v[None], key_mask=None, phases=(0,), resolved=resolved, scale=0.25)
         actual = float((out - exact).norm() / exact.norm())
         assert float(found.error[:, index, level].sum().sqrt()) == pytest.approx(actual, rel=1e-3)
+
+
+@pytest.mark.parametrize("quant", ["none", "fp8"])
+def test_a_hidden_tile_beside_scores_far_below_zero(quant: str) -> None:
+    """What every key's score has in common makes no difference, however low: whole powers of two, for P's rounding."""
+    made = site((2, 8, 8), 0, 0, quant=quant)
+    q, k, v = tensors(made)
+    mask = torch.zeros(1, 1, k.shape[1])
+    mask[..., made.k_layout.order()[:32]] = float("-inf")
+    found, low = (observe(q, k, v, mask + low, 0, 0.25, made, rows_per_tile=1000) for low in (0.0, -288 * math.log(2)))
+    torch.testing.assert_close(low.error, found.error, rtol=1e-3, atol=1e-5)
+    torch.testing.assert_close(low.recall, found.recall, rtol=1e-3, atol=1e-5)
 
 
 # The choice

@@ -242,12 +242,12 @@ class _Operands:
         tiles = scores.unflatten(2, (self.layout.n_tiles, -1)).transpose(1, 2)  # [h, k_tiles, rows, slots]
         # Whatever whole number is taken from a tile's scores, its weights are rounded the same, and its own largest
         # keeps those of tiles that are far below others.
-        own = rounding_base(tiles.amax(-1, keepdim=True)).nan_to_num(neginf=0.0)
+        own = rounding_base(tiles.amax(-1, keepdim=True))  # -inf where a tile is hidden, whose share is 0
         top = scores.amax(-1, keepdim=True).nan_to_num(neginf=0.0)  # [h, rows, 1]
-        p = torch.exp(tiles - own)
+        p = torch.exp(tiles - own.nan_to_num(neginf=0.0))
         weights = round_e4m3(p * P_SCALE) / P_SCALE if round_p else p
         share = torch.exp(own - top[:, None])
-        sums = (p * share).sum(-1), weights @ values.unflatten(1, (self.layout.n_tiles, -1)) * share
+        sums = p.sum(-1) * share[..., 0], weights @ values.unflatten(1, (self.layout.n_tiles, -1)) * share
         if self.means is None:
             return sums, None
         by_head = self.means.keys.shape[1] > len(self.keys)  # the key mask differs by head

@@ -205,8 +205,7 @@ def _hopper_artifacts(spec: KernelSpec, config: KernelConfig, which: int) -> Art
         consumers=-(-config.block_m // 64),
         stages=config.num_stages or None,
     )
-    args, options = recorder.launches[which]
-    return compile_artifacts(module.attention_forward, args, options, target=spec.target)
+    return compile_artifacts(module.attention_forward, *recorder.launches[which], target=spec.target)
 
 
 def arguments(kernel: Any, spec: KernelSpec, module: ModuleType) -> list[Any]:

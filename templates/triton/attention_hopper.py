@@ -683,7 +683,7 @@ def _consumer(
                 upper = gl.exp2(upper)
                 l_upper = _add_sums(l_upper, alpha_upper, upper)
             # This wait, long over, is a branch: it keeps the assembler from moving the wait for pv up to the maxima.
-            # What comes after it fills the slots that the exponentials of the lower rows leave, 7 in 8.
+            # Where there are maxima, what comes after it fills the slots between the lower rows' exponentials.
             mbarrier.wait(v_full.index(k_slot), phase)
             if OVERLAP:
                 acc = _add(acc, last_alpha, warpgroup_mma_wait(0, deps=(pv,)), O_LAYOUT, LAZY)
