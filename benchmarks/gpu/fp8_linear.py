@@ -1,18 +1,25 @@
-"""Linear layers in FP8, for the end-to-end comparison: E4M3 weights and activations, one scale per row of each.
+"""Linear layers in FP8, for the end-to-end comparison: stand-ins for what torchao offers under these names.
 
 Attention alone cannot reach the end-to-end target (the linear layers of a 14B model take a third of a dense step), so
-both are shown, with this stand-in for what torchao's row-wise dynamic quantization does.
+both are shown. E4M3 weights and activations, and either
 
-Where a norm precedes a layer, Inductor fuses the quantization with it. Where nothing does that it could fuse (the
-output of attention), or GELU does, one kernel reads and writes each row once (:mod:`quantize_rows`).
+dynamic     one scale per row of each; those of activations are found as they come
+static      one scale per tensor; those of activations are known from calibration (:func:`calibrated`)
+
+With dynamic scales, and where a norm precedes a layer, Inductor fuses the quantization with it. Where nothing does that
+it could fuse (the output of attention), or GELU does, one kernel reads and writes each row once (:mod:`quantize_rows`).
+With static scales quantization is elementwise, and fuses with whatever precedes it but GELU between the two products of
+a feed-forward. E4M3 has the same relative precision over 15 powers of two, so that one scale serves all rows whose
+largest values are within a few of them, and the product with one scale per tensor is a little faster.
 """
 
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 
 import torch
-from quantize_rows import E4M3_MAX, MOST, quantize_rows
+from quantize_rows import E4M3_MAX, MOST, gelu_to_e4m3, quantize_rows
 from torch import nn
 
 
@@ -37,28 +44,39 @@ def product_takes_bias(device: torch.device) -> bool:
 
 
 class Fp8Linear(nn.Module):
-    """``nn.Linear`` with both operands in E4M3; activations are quantized row by row as they come.
+    """``nn.Linear`` with both operands in E4M3.
 
     Args:
         linear: what it takes the place of.
-        own_kernel: quantize by one kernel of its own, not by what Inductor fuses with what comes before.
+        scale: f32 [2], the scale of activations and its reciprocal: static. None: each row has its own.
+        own_kernel: quantize rows by one kernel of its own, not by what Inductor fuses with what comes before.
     """
 
-    def __init__(self, linear: nn.Linear, own_kernel: bool = False) -> None:
+    def __init__(self, linear: nn.Linear, scale: torch.Tensor | None = None, own_kernel: bool = False) -> None:
         super().__init__()
-        weight = linear.weight.detach()
-        scale = weight.float().abs().amax(1, keepdim=True).clamp(min=1e-12) / E4M3_MAX
-        self.register_buffer("weight", (weight.float() / scale).to(torch.float8_e4m3fn))
-        self.register_buffer("scale", scale.t().contiguous())  # [1, out]
+        weight = linear.weight.detach().float()
+        largest = weight.abs().amax(1, keepdim=True) if scale is None else weight.abs().amax()
+        found = largest.clamp(min=1e-12) / E4M3_MAX
+        self.register_buffer("weight", (weight / found).to(torch.float8_e4m3fn))
+        self.register_buffer("scale", found.t().contiguous() if scale is None else found)  # [1, out] or a number
+        self.register_buffer("input_scale", scale)
         self.bias = linear.bias
         self.own_kernel = own_kernel
-        self.bias_in_product = product_takes_bias(weight.device) and weight.dtype == torch.bfloat16
+        dtype, device = linear.weight.dtype, linear.weight.device
+        self.bias_in_product = dtype == torch.bfloat16 and (
+            (scale is not None and device.type == "cuda") or product_takes_bias(device)
+        )
+
+    def quantized(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """E4M3 [rows, n] and scales f32 [rows, 1], or one number."""
+        rows = x.reshape(-1, x.shape[-1])
+        if self.input_scale is not None:
+            scale, inverse = self.input_scale.unbind()
+            return (rows.float() * inverse).clamp(-E4M3_MAX, E4M3_MAX).to(torch.float8_e4m3fn), scale
+        return quantize_rows(rows, None, False) if self.own_kernel else quantized_rows(rows)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if self.own_kernel:
-            quantized, scale = quantize_rows(x.reshape(-1, x.shape[-1]), None, False)
-        else:
-            quantized, scale = quantized_rows(x)
+        quantized, scale = self.quantized(x)
         inside = {"bias": self.bias} if self.bias is not None and self.bias_in_product else {}
         out = torch._scaled_mm(
             quantized, self.weight.t(), scale_a=scale, scale_b=self.scale, out_dtype=x.dtype, use_fast_accum=True,
@@ -69,9 +87,8 @@ class Fp8Linear(nn.Module):
         return out.view(*x.shape[:-1], -1)
 
 
-def quantized_rows(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def quantized_rows(rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """E4M3 [rows, n] and scales f32 [rows, 1] by operations that Inductor fuses with a norm before them."""
-    rows = x.reshape(-1, x.shape[-1])
     scale = rows.float().abs().amax(1, keepdim=True).clamp(min=1e-12) / E4M3_MAX
     return (rows.float() / scale).to(torch.float8_e4m3fn), scale
 
@@ -90,6 +107,8 @@ def fp8_feed_forward(
     second: torch.Tensor,
     second_scale: torch.Tensor,
     second_bias: torch.Tensor | None,
+    hidden_scale: torch.Tensor | None,
+    bias_in_product: bool,
 ) -> torch.Tensor:
     """GELU(x first^T + bias) second^T + bias in bfloat16.
 
@@ -97,17 +116,26 @@ def fp8_feed_forward(
         x: E4M3 [rows, n], with scale f32 [rows, 1].
         first: E4M3 [m, n], with first_scale f32 [1, m] and first_bias [m].
         second: E4M3 [k, m], with second_scale f32 [1, k] and second_bias [k]: None where the caller adds it.
+        hidden_scale: f32 [2], the scale of GELU's result and its reciprocal; all scales are then one number each. None:
+            its rows are looked at.
+        bias_in_product: whether a product can add its bias.
     """
     out = _feed_forward_shape(x, scale, first, first_scale, first_bias, second)
     pieces = max(1, x.shape[0] // ROWS)
     common = {"out_dtype": out.dtype, "use_fast_accum": True}
     last = {} if second_bias is None else {"bias": second_bias}
+    inside = {"bias": first_bias} if first_bias is not None and bias_in_product else {}
+    added = None if inside else first_bias
     for at in torch.arange(x.shape[0]).tensor_split(pieces):
         rows = slice(int(at[0]), int(at[-1]) + 1)
-        hidden = torch._scaled_mm(x[rows], first.t(), scale_a=scale[rows], scale_b=first_scale, **common)
-        values, hidden_scale = quantize_rows(hidden, first_bias, True)
+        scale_a = scale[rows] if scale.dim() else scale
+        hidden = torch._scaled_mm(x[rows], first.t(), scale_a=scale_a, scale_b=first_scale, **inside, **common)
+        if hidden_scale is None:
+            values, scale_a = quantize_rows(hidden, added, True)
+        else:
+            values, scale_a = gelu_to_e4m3(hidden, added, hidden_scale), hidden_scale[0]
         del hidden
-        operands = {"scale_a": hidden_scale, "scale_b": second_scale, **last, **common}
+        operands = {"scale_a": scale_a, "scale_b": second_scale, **last, **common}
         torch._scaled_mm(values, second.t(), **operands, out=out[rows])
     return out
 
@@ -128,17 +156,17 @@ def _feed_forward_shape(
 class Fp8FeedForward(nn.Module):
     """Linear, GELU in its tanh form, linear. Bias, GELU and quantization are one kernel between the two products."""
 
-    def __init__(self, first: nn.Linear, second: nn.Linear) -> None:
+    def __init__(self, first: Fp8Linear, second: Fp8Linear) -> None:
         super().__init__()
-        self.first = Fp8Linear(first)
-        self.second = Fp8Linear(second)
+        self.first = first
+        self.second = second
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        quantized, scale = quantized_rows(x)
+        quantized, scale = self.first.quantized(x)
         inside = self.second.bias if self.second.bias_in_product else None
         out = fp8_feed_forward(
             quantized, scale, self.first.weight, self.first.scale, self.first.bias, self.second.weight,
-            self.second.scale, inside,
+            self.second.scale, inside, self.second.input_scale, self.first.bias_in_product,
         )  # fmt: skip
         if inside is None and self.second.bias is not None:
             out = out + self.second.bias
@@ -157,22 +185,59 @@ def feed_forward(module: nn.Module) -> tuple[nn.Linear, nn.Linear] | None:
     return (first.proj, second) if fits else None
 
 
-def replace_linears(module: nn.Module, smallest: int = 1024, inside: str = "") -> int:
+HEADROOM = 2.0
+"""How much larger than in calibration activations may be before they saturate; a power of two costs no precision."""
+
+
+def calibrated(module: nn.Module, run: Callable[[], object]) -> dict[nn.Linear, torch.Tensor]:
+    """Scales of the inputs of all linear layers in ``run()``, for :func:`replace_linears`: f32 [2], with reciprocals.
+
+    Layers that are handed the same tensor, one right after the other, share theirs: the same object.
+    """
+    largest: dict[nn.Linear, torch.Tensor] = {}
+    last: list[torch.Tensor] = []
+
+    def look(linear: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
+        assert isinstance(linear, nn.Linear)
+        (x,) = inputs
+        if not last or last[0] is not x:
+            last[:] = x, x.abs().amax().float()
+        largest[linear] = last[1]
+
+    hooks = [m.register_forward_pre_hook(look) for m in module.modules() if isinstance(m, nn.Linear)]
+    try:
+        with torch.no_grad():
+            run()
+    finally:
+        for hook in hooks:
+            hook.remove()
+    scales = {}
+    for value in {id(v): v for v in largest.values()}.values():
+        scale = HEADROOM * value.clamp(min=1e-12) / E4M3_MAX
+        scales[id(value)] = torch.stack([scale, 1 / scale])
+    return {linear: scales[id(value)] for linear, value in largest.items()}
+
+
+def replace_linears(
+    module: nn.Module, smallest: int = 1024, scales: dict[nn.Linear, torch.Tensor] | None = None, inside: str = ""
+) -> int:
     """Swap every linear layer of at least ``smallest`` features on both sides, in place; returns their number.
 
     Args:
+        scales: of :func:`calibrated`; without them scales are dynamic.
         inside: name of ``module`` in its parent: what follows attention is called ``to_out``.
     """
     count = 0
+    known = scales or {}
     for name, child in list(module.named_children()):
         pair = feed_forward(child)
         if pair is not None and all(min(linear.in_features, linear.out_features) >= smallest for linear in pair):
-            setattr(module, name, Fp8FeedForward(*pair))
+            setattr(module, name, Fp8FeedForward(*(Fp8Linear(linear, known.get(linear)) for linear in pair)))
             count += 2
         elif isinstance(child, nn.Linear) and min(child.in_features, child.out_features) >= smallest:
             own = "to_out" in (name, inside) and child.in_features <= MOST
-            setattr(module, name, Fp8Linear(child, own_kernel=own))
+            setattr(module, name, Fp8Linear(child, known.get(child), own_kernel=own))
             count += 1
         else:
-            count += replace_linears(child, smallest, name)
+            count += replace_linears(child, smallest, scales, name)
     return count

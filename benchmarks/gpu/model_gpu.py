@@ -1,13 +1,16 @@
 """A whole Wan transformer step at true size on one GPU: eager, Inductor, fps, and fps with FP8 linear layers.
 
+FP8 linear layers come with dynamic and with static scales (:mod:`fp8_linear`).
+
     python benchmarks/gpu/model_gpu.py [--models 1.3B 14B] [--sizes 480p 720p] [--density 0.2 0.09 0.05]
-        [--json PATH]
+        [--variants inductor "fps, fp8 linears" "fps, static fp8 linears"] [--json PATH]
 
     torchrun --nproc-per-node 2 benchmarks/gpu/model_gpu.py ...      # Ulysses: N GPUs share the tokens of one step
 
 Random weights, random latents, batch 1. Every variant compiles the repeated blocks (``compile_repeated_blocks``), so
 that all pay the same compile. What has sparse attention gets a row for each density. Times are medians of CUDA-event
-timings; memory is the peak above the weights.
+timings; memory is the peak above the weights: of what tensors ask for, and of what the allocator hands out, whose
+blocks may be a mebibyte larger.
 """
 
 from __future__ import annotations
@@ -30,7 +33,8 @@ from torch._dynamo.utils import counters
 
 sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve().parents[2])]
 
-from fp8_linear import replace_linears
+from fp8_linear import calibrated, replace_linears
+from share_quantized import ShareQuantized
 
 import fpscompile
 from fpscompile.backend import fps  # by object: the package need not be installed
@@ -41,6 +45,8 @@ MODELS = {
 }
 GPUS, RANK = (int(os.environ.get(name, default)) for name, default in (("WORLD_SIZE", 1), ("RANK", 0)))
 SIZES = {"480p": (21, 60, 104), "720p": (21, 90, 160)}
+CALIBRATION = (5, 30, 52)
+"""Frames, height and width of the latents that static scales are calibrated with."""
 
 
 def build(name: str, layers: int | None) -> torch.nn.Module:
@@ -61,13 +67,28 @@ def build(name: str, layers: int | None) -> torch.nn.Module:
 
 
 def inputs(size: str) -> dict[str, Any]:
-    generator = torch.Generator("cuda").manual_seed(1)
+    return random_inputs(SIZES[size], 1)
+
+
+def random_inputs(latents: tuple[int, int, int], seed: int) -> dict[str, Any]:
+    generator = torch.Generator("cuda").manual_seed(seed)
     return {
-        "hidden_states": torch.randn(1, 16, *SIZES[size], generator=generator, device="cuda", dtype=torch.bfloat16),
+        "hidden_states": torch.randn(1, 16, *latents, generator=generator, device="cuda", dtype=torch.bfloat16),
         "timestep": torch.full((1,), 500.0, device="cuda"),
         "encoder_hidden_states": torch.randn(1, 512, 4096, generator=generator, device="cuda", dtype=torch.bfloat16),
         "return_dict": False,
     }
+
+
+def to_fp8(model: torch.nn.Module, which: str) -> dict[str, Any]:
+    """Replaces the linear layers of the blocks as the variant's name has it; returns options for Inductor."""
+    if not which.endswith("fp8 linears"):
+        return {}
+    scales = None
+    if "static" in which:
+        scales = calibrated(model.blocks, lambda: model(**random_inputs(CALIBRATION, 2)))
+    replace_linears(model.blocks, scales=scales)
+    return {"post_grad_custom_pre_pass": ShareQuantized()}
 
 
 def measure(model: torch.nn.Module, arguments: dict[str, Any], rounds: int) -> tuple[torch.Tensor, dict[str, float]]:
@@ -77,7 +98,7 @@ def measure(model: torch.nn.Module, arguments: dict[str, Any], rounds: int) -> t
         torch.cuda.synchronize()
         first = time.perf_counter() - start
         torch.cuda.reset_peak_memory_stats()
-        weights = torch.cuda.memory_allocated()
+        weights = torch.cuda.memory_stats()
         times = []
         for _ in range(rounds):
             if GPUS > 1:
@@ -88,8 +109,12 @@ def measure(model: torch.nn.Module, arguments: dict[str, Any], rounds: int) -> t
             end.record()
             torch.cuda.synchronize()
             times.append(begin.elapsed_time(end))
-    peak = torch.cuda.max_memory_allocated() - weights
-    return out, {"ms": statistics.median(times), "first_s": first, "peak_mib": peak / 2**20}
+    stats = torch.cuda.memory_stats()
+    peaks = {
+        name: (stats[f"{kind}.all.peak"] - weights[f"{kind}.all.current"]) / 2**20
+        for name, kind in (("peak_mib", "requested_bytes"), ("peak_allocated_mib", "allocated_bytes"))
+    }
+    return out, {"ms": statistics.median(times), "first_s": first, **peaks}
 
 
 def variant(
@@ -99,17 +124,17 @@ def variant(
     counters.clear()
     model = build(name, layers)
     whole = GPUS == 1  # diffusers' hook that shares out the tokens breaks the graph of the first block
-    if which.endswith("fp8 linears"):
-        replace_linears(model.blocks)
+    inner = to_fp8(model, which)
     if GPUS > 1:
         model.enable_parallelism(config=diffusers.ContextParallelConfig(ulysses_degree=GPUS))
     attachment = None
     if which.startswith("fps"):
         attachment = fpscompile.attach(model)
         options = {"tile": tile, "density": density, "quant": "none" if "bf16" in which else "fp8"}
+        options["inner_options"] = inner
         model.compile_repeated_blocks(backend=fps, fullgraph=whole, options=options)
     elif which != "eager":
-        model.compile_repeated_blocks(backend="inductor", fullgraph=whole)
+        model.compile_repeated_blocks(backend="inductor", fullgraph=whole, options=inner or None)
     out, row = measure(model, inputs(size), rounds)
     row |= {"graphs": counters["stats"]["unique_graphs"], "model": name, "size": size}
     row |= {"variant": which, "density": density, "gpus": GPUS}

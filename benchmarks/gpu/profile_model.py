@@ -1,6 +1,6 @@
 """What a Wan step is made of on one GPU: the time of every kernel of two blocks, and the speed of its matrix products.
 
-    python benchmarks/gpu/profile_model.py [--variants ...] [--json PATH]
+    python benchmarks/gpu/profile_model.py [--variants ...] [--density 0.2] [--json PATH]
 
 Two blocks of the 14B model at 720p with random weights, after two warm-up calls; kernel times are the profiler's. The
 products are those of one block, on random operands, each by itself.
@@ -22,8 +22,7 @@ from torch.profiler import ProfilerActivity, profile
 
 sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve().parents[2])]
 
-from fp8_linear import replace_linears
-from model_gpu import build, inputs
+from model_gpu import build, inputs, to_fp8
 
 import fpscompile
 from fpscompile.backend import fps  # by object: the package need not be installed
@@ -59,19 +58,18 @@ def products() -> list[dict[str, Any]]:
     return found
 
 
-def kernels(variant: str) -> list[dict[str, Any]]:
+def kernels(variant: str, density: float) -> list[dict[str, Any]]:
     """Kernels of one call of a model of LAYERS blocks, the longest first: name, launches, ms in all."""
     torch._dynamo.reset()
     model = build("14B", LAYERS)
-    if variant.endswith("fp8 linears"):
-        replace_linears(model.blocks)
+    inner = to_fp8(model, variant)
     attachment = None
     if variant.startswith("fps"):
         attachment = fpscompile.attach(model)
-        options = {"tile": (7, 9, 4), "density": 0.2, "quant": "fp8"}
+        options = {"tile": (7, 9, 4), "density": density, "quant": "fp8", "inner_options": inner}
         model.compile_repeated_blocks(backend=fps, fullgraph=True, options=options)
     else:
-        model.compile_repeated_blocks(backend="inductor", fullgraph=True)
+        model.compile_repeated_blocks(backend="inductor", fullgraph=True, options=inner or None)
     arguments = inputs("720p")
     with torch.no_grad():
         for _ in range(2):
@@ -96,6 +94,7 @@ def kernels(variant: str) -> list[dict[str, Any]]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--variants", nargs="+", default=["inductor", "fps, fp8 linears"])
+    parser.add_argument("--density", type=float, default=0.2, help="of the rows with fps")
     parser.add_argument("--json", default=None)
     options = parser.parse_args()
     report: dict[str, Any] = {
@@ -104,8 +103,9 @@ def main() -> None:
             "gpu": torch.cuda.get_device_name(), "torch": torch.__version__, "triton": triton.__version__,
         },
         "layers": LAYERS,
+        "density": options.density,
         "products": products(),
-        "variants": {variant: kernels(variant) for variant in options.variants},
+        "variants": {variant: kernels(variant, options.density) for variant in options.variants},
     }  # fmt: skip
     for variant, rows in report["variants"].items():
         print(f"{variant}: {sum(row['ms'] for row in rows):.1f} ms, {LAYERS} blocks")

@@ -17,6 +17,13 @@ MOST = 16384
 
 
 @triton.jit
+def _gelu(x):
+    """GELU in its tanh form."""
+    # x (1 + tanh u) / 2 = x / (1 + exp(-2u)) with u = sqrt(2/pi) (x + 0.044715 x^3); in powers of two.
+    return x / (1.0 + tl.exp2(x * (-2.302208198 - 0.1029432396 * x * x)))
+
+
+@triton.jit
 def quantize_rows_in_registers(
     x_ptr, bias_ptr, values_ptr, scale_ptr, stride, N, HAS_BIAS: tl.constexpr, GELU: tl.constexpr, BLOCK: tl.constexpr
 ):  # fmt: skip
@@ -32,8 +39,7 @@ def quantize_rows_in_registers(
         x = (x.to(tl.float32) + tl.load(bias_ptr + at, mask=inside, other=0.0).to(tl.float32)).to(x.dtype)
     x = x.to(tl.float32)
     if GELU:
-        # x (1 + tanh u) / 2 = x / (1 + exp(-2u)) with u = sqrt(2/pi) (x + 0.044715 x^3); in powers of two.
-        x = x / (1.0 + tl.exp2(x * (-2.302208198 - 0.1029432396 * x * x)))
+        x = _gelu(x)
     scale = tl.maximum(tl.max(tl.abs(x), 0), 1e-12) * (1.0 / 448.0)
     tl.store(scale_ptr + row, scale)
     # A quotient may exceed 448 by a rounding; without a clamp the cast saturates on NVIDIA's GPUs.
@@ -73,3 +79,33 @@ def _outputs(x: torch.Tensor, *_: object) -> tuple[torch.Tensor, torch.Tensor]:
     return torch.empty(x.shape, dtype=torch.float8_e4m3fn, device=x.device), x.new_empty(
         x.shape[0], 1, dtype=torch.float32
     )
+
+
+@triton.jit
+def gelu_of_values(x_ptr, bias_ptr, values_ptr, scale_ptr, N, HAS_BIAS: tl.constexpr, BLOCK: tl.constexpr):
+    """x [rows, N] (+ bias [N]), then GELU in its tanh form, times scale[1], as E4M3. Grid: (rows, blocks of a row)."""
+    at = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside = at < N
+    row = tl.program_id(0).to(tl.int64) * N
+    x = tl.load(x_ptr + row + at, mask=inside, other=0.0)
+    if HAS_BIAS:
+        x = (x.to(tl.float32) + tl.load(bias_ptr + at, mask=inside, other=0.0).to(tl.float32)).to(x.dtype)
+    values = _gelu(x.to(tl.float32)) * tl.load(scale_ptr + 1)
+    values = tl.minimum(tl.maximum(values, -448.0), 448.0)
+    tl.store(values_ptr + row + at, values.to(values_ptr.dtype.element_ty), mask=inside)
+
+
+def gelu_to_e4m3(x: torch.Tensor, bias: torch.Tensor | None, scale: torch.Tensor) -> torch.Tensor:
+    """GELU in its tanh form of x (+ bias) in E4M3, with a scale that is known.
+
+    Args:
+        x: [rows, n], contiguous.
+        bias: [n], added first and rounded to x's dtype, or None.
+        scale: f32 [2], the scale and its reciprocal; what is beyond 448 times the scale saturates.
+    """
+    rows, n = x.shape
+    values = torch.empty_like(x, dtype=torch.float8_e4m3fn)
+    gelu_of_values[(rows, triton.cdiv(n, 2048))](
+        x, bias, values, scale, n, HAS_BIAS=bias is not None, BLOCK=2048, num_warps=4
+    )
+    return values
