@@ -22,6 +22,9 @@ import torch
 from quantize_rows import E4M3_MAX, MOST, gelu_to_e4m3, quantize_rows
 from torch import nn
 
+Scale = tuple[torch.Tensor, torch.Tensor]
+"""The scale of a tensor and its reciprocal: f32 scalars."""
+
 
 @functools.cache
 def product_takes_bias(device: torch.device) -> bool:
@@ -48,18 +51,20 @@ class Fp8Linear(nn.Module):
 
     Args:
         linear: what it takes the place of.
-        scale: f32 [2], the scale of activations and its reciprocal: static. None: each row has its own.
+        scale: the scale of activations and its reciprocal, f32 scalars: static. None: each row has its own.
         own_kernel: quantize rows by one kernel of its own, not by what Inductor fuses with what comes before.
     """
 
-    def __init__(self, linear: nn.Linear, scale: torch.Tensor | None = None, own_kernel: bool = False) -> None:
+    def __init__(self, linear: nn.Linear, scale: Scale | None = None, own_kernel: bool = False) -> None:
         super().__init__()
         weight = linear.weight.detach().float()
         largest = weight.abs().amax(1, keepdim=True) if scale is None else weight.abs().amax()
         found = largest.clamp(min=1e-12) / E4M3_MAX
         self.register_buffer("weight", (weight / found).to(torch.float8_e4m3fn))
         self.register_buffer("scale", found.t().contiguous() if scale is None else found)  # [1, out] or a number
-        self.register_buffer("input_scale", scale)
+        # Two buffers: Inductor's products take a scale that is an input of the graph, not a part of one.
+        self.register_buffer("input_scale", scale[0] if scale else None)
+        self.register_buffer("inverse", scale[1] if scale else None)
         self.bias = linear.bias
         self.own_kernel = own_kernel
         dtype, device = linear.weight.dtype, linear.weight.device
@@ -71,8 +76,8 @@ class Fp8Linear(nn.Module):
         """E4M3 [rows, n] and scales f32 [rows, 1], or one number."""
         rows = x.reshape(-1, x.shape[-1])
         if self.input_scale is not None:
-            scale, inverse = self.input_scale.unbind()
-            return (rows.float() * inverse).clamp(-E4M3_MAX, E4M3_MAX).to(torch.float8_e4m3fn), scale
+            scaled = (rows.float() * self.inverse).clamp(-E4M3_MAX, E4M3_MAX)
+            return scaled.to(torch.float8_e4m3fn), self.input_scale
         return quantize_rows(rows, None, False) if self.own_kernel else quantized_rows(rows)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -108,6 +113,7 @@ def fp8_feed_forward(
     second_scale: torch.Tensor,
     second_bias: torch.Tensor | None,
     hidden_scale: torch.Tensor | None,
+    hidden_inverse: torch.Tensor | None,
     bias_in_product: bool,
 ) -> torch.Tensor:
     """GELU(x first^T + bias) second^T + bias in bfloat16.
@@ -116,8 +122,9 @@ def fp8_feed_forward(
         x: E4M3 [rows, n], with scale f32 [rows, 1].
         first: E4M3 [m, n], with first_scale f32 [1, m] and first_bias [m].
         second: E4M3 [k, m], with second_scale f32 [1, k] and second_bias [k]: None where the caller adds it.
-        hidden_scale: f32 [2], the scale of GELU's result and its reciprocal; all scales are then one number each. None:
-            its rows are looked at.
+        hidden_scale: f32 scalar, the scale of GELU's result; all scales are then one number each. None: its rows are
+            looked at.
+        hidden_inverse: its reciprocal.
         bias_in_product: whether a product can add its bias.
     """
     out = _feed_forward_shape(x, scale, first, first_scale, first_bias, second)
@@ -130,10 +137,10 @@ def fp8_feed_forward(
         rows = slice(int(at[0]), int(at[-1]) + 1)
         scale_a = scale[rows] if scale.dim() else scale
         hidden = torch._scaled_mm(x[rows], first.t(), scale_a=scale_a, scale_b=first_scale, **inside, **common)
-        if hidden_scale is None:
+        if hidden_scale is None or hidden_inverse is None:
             values, scale_a = quantize_rows(hidden, added, True)
         else:
-            values, scale_a = gelu_to_e4m3(hidden, added, hidden_scale), hidden_scale[0]
+            values, scale_a = gelu_to_e4m3(hidden, added, hidden_inverse), hidden_scale
         del hidden
         operands = {"scale_a": scale_a, "scale_b": second_scale, **last, **common}
         torch._scaled_mm(values, second.t(), **operands, out=out[rows])
@@ -166,7 +173,7 @@ class Fp8FeedForward(nn.Module):
         inside = self.second.bias if self.second.bias_in_product else None
         out = fp8_feed_forward(
             quantized, scale, self.first.weight, self.first.scale, self.first.bias, self.second.weight,
-            self.second.scale, inside, self.second.input_scale, self.first.bias_in_product,
+            self.second.scale, inside, self.second.input_scale, self.second.inverse, self.first.bias_in_product,
         )  # fmt: skip
         if inside is None and self.second.bias is not None:
             out = out + self.second.bias
@@ -189,8 +196,8 @@ HEADROOM = 2.0
 """How much larger than in calibration activations may be before they saturate; a power of two costs no precision."""
 
 
-def calibrated(module: nn.Module, run: Callable[[], object]) -> dict[nn.Linear, torch.Tensor]:
-    """Scales of the inputs of all linear layers in ``run()``, for :func:`replace_linears`: f32 [2], with reciprocals.
+def calibrated(module: nn.Module, run: Callable[[], object]) -> dict[nn.Linear, Scale]:
+    """Scales of the inputs of all linear layers in ``run()``, for :func:`replace_linears`.
 
     Layers that are handed the same tensor, one right after the other, share theirs: the same object.
     """
@@ -211,15 +218,15 @@ def calibrated(module: nn.Module, run: Callable[[], object]) -> dict[nn.Linear, 
     finally:
         for hook in hooks:
             hook.remove()
-    scales = {}
+    scales: dict[int, Scale] = {}
     for value in {id(v): v for v in largest.values()}.values():
         scale = HEADROOM * value.clamp(min=1e-12) / E4M3_MAX
-        scales[id(value)] = torch.stack([scale, 1 / scale])
+        scales[id(value)] = scale, 1 / scale
     return {linear: scales[id(value)] for linear, value in largest.items()}
 
 
 def replace_linears(
-    module: nn.Module, smallest: int = 1024, scales: dict[nn.Linear, torch.Tensor] | None = None, inside: str = ""
+    module: nn.Module, smallest: int = 1024, scales: dict[nn.Linear, Scale] | None = None, inside: str = ""
 ) -> int:
     """Swap every linear layer of at least ``smallest`` features on both sides, in place; returns their number.
 

@@ -82,30 +82,33 @@ def _outputs(x: torch.Tensor, *_: object) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 @triton.jit
-def gelu_of_values(x_ptr, bias_ptr, values_ptr, scale_ptr, N, HAS_BIAS: tl.constexpr, BLOCK: tl.constexpr):
-    """x [rows, N] (+ bias [N]), then GELU in its tanh form, times scale[1], as E4M3. Grid: (rows, blocks of a row)."""
+def gelu_of_values(x_ptr, bias_ptr, values_ptr, inverse_ptr, N, HAS_BIAS: tl.constexpr, BLOCK: tl.constexpr):
+    """x [rows, N] (+ bias [N]), then GELU in its tanh form, times ``inverse``, as E4M3.
+
+    Grid: (rows, blocks of a row).
+    """
     at = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = at < N
     row = tl.program_id(0).to(tl.int64) * N
     x = tl.load(x_ptr + row + at, mask=inside, other=0.0)
     if HAS_BIAS:
         x = (x.to(tl.float32) + tl.load(bias_ptr + at, mask=inside, other=0.0).to(tl.float32)).to(x.dtype)
-    values = _gelu(x.to(tl.float32)) * tl.load(scale_ptr + 1)
+    values = _gelu(x.to(tl.float32)) * tl.load(inverse_ptr)
     values = tl.minimum(tl.maximum(values, -448.0), 448.0)
     tl.store(values_ptr + row + at, values.to(values_ptr.dtype.element_ty), mask=inside)
 
 
-def gelu_to_e4m3(x: torch.Tensor, bias: torch.Tensor | None, scale: torch.Tensor) -> torch.Tensor:
+def gelu_to_e4m3(x: torch.Tensor, bias: torch.Tensor | None, inverse: torch.Tensor) -> torch.Tensor:
     """GELU in its tanh form of x (+ bias) in E4M3, with a scale that is known.
 
     Args:
         x: [rows, n], contiguous.
         bias: [n], added first and rounded to x's dtype, or None.
-        scale: f32 [2], the scale and its reciprocal; what is beyond 448 times the scale saturates.
+        inverse: f32 scalar, the reciprocal of the scale; what is beyond 448 times the scale saturates.
     """
     rows, n = x.shape
     values = torch.empty_like(x, dtype=torch.float8_e4m3fn)
     gelu_of_values[(rows, triton.cdiv(n, 2048))](
-        x, bias, values, scale, n, HAS_BIAS=bias is not None, BLOCK=2048, num_warps=4
+        x, bias, values, inverse, n, HAS_BIAS=bias is not None, BLOCK=2048, num_warps=4
     )
     return values

@@ -72,7 +72,7 @@ def test_gelu_with_a_known_scale(layers: ModuleType, rows: int, n: int, bias: bo
     added = torch.randn(n, device=DEVICE).bfloat16() if bias else None
     scale = 2.0 / LARGEST * torch.rand((), device=DEVICE) + 0.01
     with repaired_interpreter():
-        values = layers.gelu_to_e4m3(x, added, torch.stack([scale, 1 / scale]))
+        values = layers.gelu_to_e4m3(x, added, 1 / scale)
     exact = nn.functional.gelu((x if added is None else x + added).double(), approximate="tanh")
     exact = exact.clamp(max=LARGEST * scale.double())
     step = 2.0**-4 * exact.abs().clamp(min=2.0**-6 * scale) * 1.0001 + 1e-6 * scale
@@ -102,7 +102,7 @@ def test_a_wan_block_keeps_its_results(layers: ModuleType, static: bool) -> None
         assert isinstance(block.ffn, layers.Fp8FeedForward)
         if static:
             assert block.attn1.to_q.input_scale is block.attn1.to_v.input_scale
-            assert len({id(scale) for scale in scales.values()}) == 7  # x for q, k, v; text for k, v; and five alone
+            assert len({id(scale[0]) for scale in scales.values()}) == 7  # x for q, k, v; text for k, v; and five alone
         own = {name for name, m in block.named_modules() if isinstance(m, layers.Fp8Linear) and m.own_kernel}
         assert own == {"attn1.to_out.0", "attn2.to_out.0"}
         with repaired_interpreter(), pytest.MonkeyPatch.context() as patch:
@@ -137,7 +137,8 @@ def test_equal_rows_are_quantized_once(layers: ModuleType) -> None:
 
     x = torch.randn(8, 8, device=DEVICE)
     torch._dynamo.reset()
-    found = torch.compile(run, options={"post_grad_custom_pre_pass": Counting()})(x)
+    options = {"post_grad_custom_pre_pass": Counting(), "force_disable_caches": True}  # a cached graph has no passes
+    found = torch.compile(run, options=options)(x)
     assert counts == [4 + 4, 2 + 4]  # a view counts too
     torch.testing.assert_close(found[:4], run(x)[:4])
     assert found[4].data_ptr() != found[5].data_ptr()
