@@ -88,7 +88,7 @@ def to_fp8(model: torch.nn.Module, which: str) -> dict[str, Any]:
     if "static" in which:
         scales = calibrated(model.blocks, lambda: model(**random_inputs(CALIBRATION, 2)))
     replace_linears(model.blocks, scales=scales)
-    return {"post_grad_custom_pre_pass": ShareQuantized()}
+    return {"post_grad_custom_pre_pass": ShareQuantized(), "max_autotune_pointwise": True}
 
 
 def measure(model: torch.nn.Module, arguments: dict[str, Any], rounds: int) -> tuple[torch.Tensor, dict[str, float]]:
