@@ -8,9 +8,10 @@ static      one scale per tensor; those of activations are known from calibratio
 
 With dynamic scales, and where a norm precedes a layer, Inductor fuses the quantization with it. Where nothing does that
 it could fuse (the output of attention), or GELU does, one kernel reads and writes each row once (:mod:`quantize_rows`).
-With static scales quantization is elementwise, and fuses with whatever precedes it but GELU between the two products of
-a feed-forward. E4M3 has the same relative precision over 15 powers of two, so that one scale serves all rows whose
-largest values are within a few of them, and the product with one scale per tensor is a little faster.
+With static scales a kernel of our own quantizes, which may do what comes before besides: GELU, or a norm and the sum
+that it is of (:mod:`norm_to_e4m3`, :mod:`fuse_norms`). E4M3 has the same relative precision over 15 powers of two, so
+that one scale serves all rows whose largest values are within a few of them, and the product with one scale per tensor
+is a little faster.
 """
 
 from __future__ import annotations
@@ -19,7 +20,8 @@ import functools
 from collections.abc import Callable
 
 import torch
-from quantize_rows import E4M3_MAX, MOST, gelu_to_e4m3, quantize_rows
+from norm_to_e4m3 import gelu_to_e4m3, to_e4m3
+from quantize_rows import E4M3_MAX, MOST, quantize_rows
 from torch import nn
 
 Scale = tuple[torch.Tensor, torch.Tensor]
@@ -74,10 +76,9 @@ class Fp8Linear(nn.Module):
 
     def quantized(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """E4M3 [rows, n] and scales f32 [rows, 1], or one number."""
-        rows = x.reshape(-1, x.shape[-1])
         if self.input_scale is not None:
-            scaled = (rows.float() * self.inverse).clamp(-E4M3_MAX, E4M3_MAX)
-            return scaled.to(torch.float8_e4m3fn), self.input_scale
+            return to_e4m3(x, self.inverse), self.input_scale
+        rows = x.reshape(-1, x.shape[-1])
         return quantize_rows(rows, None, False) if self.own_kernel else quantized_rows(rows)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:

@@ -34,7 +34,7 @@ from torch._dynamo.utils import counters
 sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve().parents[2])]
 
 from fp8_linear import calibrated, replace_linears
-from share_quantized import ShareQuantized
+from fuse_norms import FuseNorms
 
 import fpscompile
 from fpscompile.backend import fps  # by object: the package need not be installed
@@ -88,7 +88,7 @@ def to_fp8(model: torch.nn.Module, which: str) -> dict[str, Any]:
     if "static" in which:
         scales = calibrated(model.blocks, lambda: model(**random_inputs(CALIBRATION, 2)))
     replace_linears(model.blocks, scales=scales)
-    return {"post_grad_custom_pre_pass": ShareQuantized(), "max_autotune_pointwise": True}
+    return {"pre_grad_custom_pass": FuseNorms()} if scales else {}
 
 
 def measure(model: torch.nn.Module, arguments: dict[str, Any], rounds: int) -> tuple[torch.Tensor, dict[str, float]]:

@@ -2,7 +2,7 @@
 """Row-wise E4M3 of a matrix, and of its GELU: one Triton kernel that reads a row once and writes it once.
 
 Inductor makes two loops of it, the row's maximum and the quotients: it reads a row of 13,824 values twice and evaluates
-GELU twice. Here a program holds its row in registers.
+GELU twice. Here a program holds its row in registers. With scales that are known: :mod:`norm_to_e4m3`.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ MOST = 16384
 
 
 @triton.jit
-def _gelu(x):
+def gelu_tanh(x):
     """GELU in its tanh form."""
     # x (1 + tanh u) / 2 = x / (1 + exp(-2u)) with u = sqrt(2/pi) (x + 0.044715 x^3); in powers of two.
     return x / (1.0 + tl.exp2(x * (-2.302208198 - 0.1029432396 * x * x)))
@@ -39,7 +39,7 @@ def quantize_rows_in_registers(
         x = (x.to(tl.float32) + tl.load(bias_ptr + at, mask=inside, other=0.0).to(tl.float32)).to(x.dtype)
     x = x.to(tl.float32)
     if GELU:
-        x = _gelu(x)
+        x = gelu_tanh(x)
     scale = tl.maximum(tl.max(tl.abs(x), 0), 1e-12) * (1.0 / 448.0)
     tl.store(scale_ptr + row, scale)
     # A quotient may exceed 448 by a rounding; without a clamp the cast saturates on NVIDIA's GPUs.
@@ -79,36 +79,3 @@ def _outputs(x: torch.Tensor, *_: object) -> tuple[torch.Tensor, torch.Tensor]:
     return torch.empty(x.shape, dtype=torch.float8_e4m3fn, device=x.device), x.new_empty(
         x.shape[0], 1, dtype=torch.float32
     )
-
-
-@triton.jit
-def gelu_of_values(x_ptr, bias_ptr, values_ptr, inverse_ptr, N, HAS_BIAS: tl.constexpr, BLOCK: tl.constexpr):
-    """x [rows, N] (+ bias [N]), then GELU in its tanh form, times ``inverse``, as E4M3.
-
-    Grid: (rows, blocks of a row).
-    """
-    at = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    inside = at < N
-    row = tl.program_id(0).to(tl.int64) * N
-    x = tl.load(x_ptr + row + at, mask=inside, other=0.0)
-    if HAS_BIAS:
-        x = (x.to(tl.float32) + tl.load(bias_ptr + at, mask=inside, other=0.0).to(tl.float32)).to(x.dtype)
-    values = _gelu(x.to(tl.float32)) * tl.load(inverse_ptr)
-    values = tl.minimum(tl.maximum(values, -448.0), 448.0)
-    tl.store(values_ptr + row + at, values.to(values_ptr.dtype.element_ty), mask=inside)
-
-
-def gelu_to_e4m3(x: torch.Tensor, bias: torch.Tensor | None, inverse: torch.Tensor) -> torch.Tensor:
-    """GELU in its tanh form of x (+ bias) in E4M3, with a scale that is known.
-
-    Args:
-        x: [rows, n], contiguous.
-        bias: [n], added first and rounded to x's dtype, or None.
-        inverse: f32 scalar, the reciprocal of the scale; what is beyond 448 times the scale saturates.
-    """
-    rows, n = x.shape
-    values = torch.empty_like(x, dtype=torch.float8_e4m3fn)
-    gelu_of_values[(rows, triton.cdiv(n, 2048))](
-        x, bias, values, inverse, n, HAS_BIAS=bias is not None, BLOCK=2048, num_warps=4
-    )
-    return values

@@ -114,35 +114,99 @@ def test_a_wan_block_keeps_its_results(layers: ModuleType, static: bool) -> None
     assert 1e-4 < error < 0.1
 
 
-def test_equal_rows_are_quantized_once(layers: ModuleType) -> None:
-    """Three layers of the same rows get one E4M3 tensor; what the graph returns stays separate, and so does random."""
-    from share_quantized import ShareQuantized
+@pytest.mark.parametrize("gate", [False, True])
+@pytest.mark.parametrize("add", [False, True])
+@pytest.mark.parametrize(("rows", "n"), [(5, 5120), (3, 40)])
+def test_norms_with_a_known_scale(layers: ModuleType, rows: int, n: int, add: bool, gate: bool) -> None:
+    import norm_to_e4m3 as kernels
 
-    counts = []
+    x, added = ((torch.randn(1, rows, n, device=DEVICE) + 2.0).bfloat16() for _ in range(2))
+    x[0, 0] = 0.5  # no variance
+    factor, shift, gates = torch.randn(3, n, device=DEVICE).unbind()
+    scale = 4.0 / LARGEST
+    inverse = torch.tensor(1 / scale, device=DEVICE)
+    total = x
+    with repaired_interpreter():
+        if add:
+            given = gates if gate else None
+            total, values = kernels.add_norm_to_e4m3(x, added, given, factor, shift, 1e-6, inverse)
+            exact_sum = x.float() + added.float() * (gates if gate else 1.0)
+            torch.testing.assert_close(total, exact_sum.bfloat16(), rtol=2**-7, atol=1e-6)
+        else:
+            values = kernels.norm_to_e4m3(x, factor, shift, 1e-6, inverse)
+    norm = nn.functional.layer_norm(total.double(), (n,), eps=1e-6)
+    exact = (norm * factor + shift).view(rows, n).clamp(-4.0, 4.0)
+    step = (2.0**-4 + 2.0**-8) * exact.abs().clamp(min=2.0**-6 * scale) * 1.001 + 1e-5
+    assert ((values.double() * scale - exact).abs() <= step).all()
 
-    class Counting(ShareQuantized):
+
+def test_norms_of_a_wan_block_are_fused(layers: ModuleType) -> None:
+    """Three norms go into quantization, two with the sum before; q, k and v share rows, so do k and v of the text."""
+    pytest.importorskip("diffusers")
+    from diffusers.models.transformers.transformer_wan import WanTransformerBlock
+    from fuse_norms import OPS, FuseNorms
+
+    if not hasattr(torch, "_scaled_mm"):
+        pytest.skip("this torch has no _scaled_mm")
+    counts = {}
+
+    class Counting(FuseNorms):
         def __call__(self, graph: torch.fx.Graph) -> None:
-            for step in (lambda graph: None, super().__call__):
-                step(graph)
-                values = (node.meta.get("val") for node in graph.nodes if node.op == "call_function")
-                counts.append(sum(getattr(value, "dtype", None) == torch.float8_e4m3fn for value in values))
+            super().__call__(graph)
+            for op in (OPS.to_e4m3, OPS.norm_to_e4m3, OPS.add_norm_to_e4m3):
+                counts[str(op)] = len(graph.find_nodes(op="call_function", target=op.default))
 
-    def quantized(x: torch.Tensor, scale: float) -> torch.Tensor:
-        return (x.float() * scale).clamp(-LARGEST, LARGEST).to(torch.float8_e4m3fn)
+    block = WanTransformerBlock(64, 128, 1, "rms_norm_across_heads", True, 1e-6, None).to(DEVICE, torch.bfloat16).eval()
+    for parameter in block.norm2.parameters():
+        nn.init.normal_(parameter)
+    x, text = (torch.randn(1, n, 64, device=DEVICE).bfloat16() for n in (24, 7))
+    temb = 0.5 * torch.randn(1, 6, 64, device=DEVICE)
+    table = torch.randn(1, 24, 1, 64, device=DEVICE)
+    rotary = (table.cos(), table.sin())
+    with torch.no_grad(), repaired_interpreter(), pytest.MonkeyPatch.context() as patch:
+        if DEVICE == "cpu":
+            patch.setattr(torch, "_scaled_mm", _scaled_mm)
+        scales = layers.calibrated(block, lambda: block(x, text, temb, rotary))
+        layers.replace_linears(block, smallest=32, scales=scales)
+        expected = block(x, text, temb, rotary)
+        torch._dynamo.reset()
+        options = {"pre_grad_custom_pass": Counting(), "fx_graph_cache": False}
+        found = torch.compile(block, options=options, fullgraph=True)(x, text, temb, rotary)
+    assert counts == {"fps_bench.to_e4m3": 3, "fps_bench.norm_to_e4m3": 1, "fps_bench.add_norm_to_e4m3": 2}
+    assert (found - expected).norm() / (expected - x).norm() < 0.03  # a value may be rounded the other way
 
-    def run(x: torch.Tensor) -> list[torch.Tensor]:
-        used = [quantized(2 * x, scale).float() @ x for scale in (1.0, 1.0, 1.0, 3.0)]
-        returned = [quantized(x, 1.0).view(-1) for _ in range(2)]
-        return [*used, *returned, torch.rand_like(x), torch.rand_like(x)]
 
-    x = torch.randn(8, 8, device=DEVICE)
-    torch._dynamo.reset()
-    options = {"post_grad_custom_pre_pass": Counting(), "force_disable_caches": True}  # a cached graph has no passes
-    found = torch.compile(run, options=options)(x)
-    assert counts == [4 + 4, 2 + 4]  # a view counts too
-    torch.testing.assert_close(found[:4], run(x)[:4])
-    assert found[4].data_ptr() != found[5].data_ptr()
-    assert not torch.equal(found[6], found[7])
+def test_other_norms_are_left_alone(layers: ModuleType) -> None:
+    """A factor for each row, and a norm that keeps float32: their rows are quantized as they are."""
+    import norm_to_e4m3 as kernels
+    from fuse_norms import OPS, FuseNorms
+
+    left = []
+
+    class Counting(FuseNorms):
+        def __call__(self, graph: torch.fx.Graph) -> None:
+            super().__call__(graph)
+            left.append(len(graph.find_nodes(op="call_function", target=OPS.to_e4m3.default)))
+
+    inverse = torch.tensor(100.0, device=DEVICE)
+    x = torch.randn(2, 3, 32, device=DEVICE).bfloat16()
+    factor, shift = torch.randn(2, 2, 3, 32, device=DEVICE).unbind()
+
+    def by_row(x: torch.Tensor) -> torch.Tensor:
+        norm = nn.functional.layer_norm(x.float(), (32,))
+        return kernels.to_e4m3((norm * factor + shift).type_as(x), inverse).float()
+
+    def in_float32(x: torch.Tensor) -> torch.Tensor:
+        norm = nn.functional.layer_norm(x.float(), (32,))
+        return kernels.to_e4m3(norm * factor[0, 0] + shift[0, 0], inverse).float()
+
+    for function in (by_row, in_float32):
+        torch._dynamo.reset()
+        options = {"pre_grad_custom_pass": Counting(), "fx_graph_cache": False}
+        with repaired_interpreter():
+            found = torch.compile(function, options=options)(x)
+            torch.testing.assert_close(found, function(x), rtol=0.13, atol=0.02)
+    assert left == [1, 1]
 
 
 def _scaled_mm(a: torch.Tensor, b: torch.Tensor, *, scale_a, scale_b, out_dtype, use_fast_accum, out=None):

@@ -1,0 +1,152 @@
+"""A pass for Inductor: the norm before FP8 linear layers, and the sum before the norm, go into their quantization.
+
+What :class:`fp8_linear.Fp8Linear` with a static scale leaves in a graph is ``to_e4m3(x, inverse)``. Here that becomes
+
+    norm_to_e4m3        where x is a LayerNorm in float32, its factor and shift those of its layer or of a modulation,
+                        ``(norm(h.float()) * (1 + scale) + shift).type_as(h)``
+    add_norm_to_e4m3    where h in turn is a sum that the norm alone does not use up, ``h = h0 + a`` or
+                        ``h = (h0.float() + a * gate).type_as(h0)``
+
+and layers that quantize the same x share the result. Anything else stays as it is.
+"""
+
+from __future__ import annotations
+
+import operator
+from typing import Any
+
+import norm_to_e4m3 as kernels
+import torch
+from torch import fx
+from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_files
+
+OPS = torch.ops.fps_bench
+CASTS = ("to", "type_as", "float")
+ADD = (operator.add, torch.add, "add")
+MUL = (operator.mul, torch.mul, "mul")
+
+
+class FuseNorms(CustomGraphPass):
+    """For ``pre_grad_custom_pass``: the graph is Dynamo's, in terms of ``torch`` functions and methods."""
+
+    def __call__(self, graph: fx.Graph) -> None:
+        known: dict[Any, fx.Node] = {}
+        for node in list(graph.find_nodes(op="call_function", target=OPS.to_e4m3.default)):
+            x, inverse = node.args
+            assert isinstance(x, fx.Node)
+            if (x, inverse) not in known:
+                known[x, inverse] = _fused(graph, node, x, inverse) or node
+            if known[x, inverse] is not node:
+                node.replace_all_uses_with(known[x, inverse])
+                graph.erase_node(node)
+
+    def uuid(self) -> Any:
+        return get_hash_for_files((__file__, kernels.__file__))
+
+
+def _fused(graph: fx.Graph, node: fx.Node, x: fx.Node, inverse: Any) -> fx.Node | None:
+    """What takes the place of ``to_e4m3(x, inverse)`` if x is a norm; it gives the sum that the norm is of as well."""
+    found = _modulated_norm(x)
+    if found is None:
+        return None
+    h, factor, shift, eps = found
+    parts = _sum(h)
+    if parts is None or not all(_hoisted(each, h) for each in (factor, shift)):
+        with graph.inserting_before(node):
+            factor, shift = (graph.call_method("reshape", (each, (-1,))) for each in (factor, shift))
+            return graph.call_function(OPS.norm_to_e4m3.default, (h, factor, shift, eps, inverse))
+    with graph.inserting_before(h):
+        first, added, gate = parts
+        vectors = (
+            None if each is None else graph.call_method("reshape", (each, (-1,))) for each in (gate, factor, shift)
+        )
+        both = graph.call_function(OPS.add_norm_to_e4m3.default, (first, added, *vectors, eps, inverse))
+        total, values = (graph.call_function(operator.getitem, (both, i)) for i in range(2))
+    total.meta.update(h.meta)
+    h.replace_all_uses_with(total)
+    return values
+
+
+def _modulated_norm(x: fx.Node) -> tuple[fx.Node, fx.Node, fx.Node, float] | None:
+    """(h, factor, shift, eps) where x = (norm(h.float()) * factor + shift) in h's dtype; None for anything else."""
+    if not _casts(x) or _dtype(x) == torch.float32:
+        return None
+    norm = _widened(x.args[0])
+    factor = shift = None
+    if _calls(norm, ADD):
+        product, shift = norm.args
+        if not _calls(product, MUL):
+            return None
+        norm, factor = product.args
+        norm = _widened(norm)
+    if not isinstance(norm, fx.Node) or norm.target is not torch.nn.functional.layer_norm:
+        return None
+    names = ("input", "normalized_shape", "weight", "bias", "eps")[len(norm.args) :]
+    given, sizes, weight, bias, eps = (*norm.args, *(norm.kwargs.get(name) for name in names))
+    h = _widened(given)
+    if _value(h) is None or _dtype(h) != _dtype(x):
+        return None
+    n = _value(h).shape[-1]
+    if factor is None:
+        factor, shift, weight, bias = weight, bias, None, None
+    if weight is not None or bias is not None or tuple(sizes) != (n,) or n > kernels.MOST:
+        return None
+    if not _vector(factor, n) or not _vector(shift, n):
+        return None
+    return h, factor, shift, 1e-5 if eps is None else eps
+
+
+def _sum(h: fx.Node) -> tuple[fx.Node, fx.Node, fx.Node | None] | None:
+    """(h0, a, gate) where h = h0 + a * gate, all but the gate of one shape and dtype; None for anything else."""
+    total = h.args[0] if _casts(h) else h
+    if not _calls(total, ADD):
+        return None
+    first, added = (_widened(each) for each in total.args)
+    gate = None
+    if _calls(added, MUL):
+        added, gate = added.args
+        added = _widened(added)
+        if not _vector(gate, _value(h).shape[-1]):
+            return None
+    if any(_value(x) is None or _dtype(x) != _dtype(h) or _value(x).shape != _value(h).shape for x in (first, added)):
+        return None
+    return first, added, gate
+
+
+def _hoisted(x: fx.Node, place: fx.Node) -> bool:
+    """Moves x, a cast or a sum of what exists at ``place``, to before it; whether it could."""
+    if x < place:
+        return True
+    if not (_casts(x) or _calls(x, ADD)) or not all(_hoisted(each, place) for each in x.all_input_nodes):
+        return False
+    place.prepend(x)
+    return True
+
+
+def _casts(x: Any) -> bool:
+    return isinstance(x, fx.Node) and x.op == "call_method" and x.target in CASTS
+
+
+def _calls(x: Any, targets: tuple[Any, ...]) -> bool:
+    return isinstance(x, fx.Node) and x.target in targets and len(x.args) == 2 and not x.kwargs
+
+
+def _widened(x: Any) -> Any:
+    """What x was before it was cast to float32."""
+    while _casts(x) and _dtype(x) == torch.float32:
+        x = x.args[0]
+    return x
+
+
+def _value(x: Any) -> Any:
+    return x.meta.get("example_value") if isinstance(x, fx.Node) else None
+
+
+def _dtype(x: Any) -> torch.dtype | None:
+    return getattr(_value(x), "dtype", None)
+
+
+def _vector(x: Any, n: int) -> bool:
+    """Whether x is n float32 values, each for a feature."""
+    value = _value(x)
+    return value is not None and value.dtype == torch.float32 and value.numel() == n == value.shape[-1]
