@@ -1,13 +1,15 @@
 """A pass for Inductor: the norm before FP8 linear layers, and the sum before the norm, go into their quantization.
 
-What :class:`fp8_linear.Fp8Linear` with a static scale leaves in a graph is ``to_e4m3(x, inverse)``. Here that becomes
+:class:`fp8_linear.Fp8Linear` with a static scale quantizes x by plain operations, which any pass before this one can
+follow. Here they become one kernel,
 
+    to_e4m3             where x is anything
     norm_to_e4m3        where x is a LayerNorm in float32, its factor and shift those of its layer or of a modulation,
                         ``(norm(h.float()) * (1 + scale) + shift).type_as(h)``
     add_norm_to_e4m3    where h in turn is a sum that the norm alone does not use up, ``h = h0 + a`` or
                         ``h = (h0.float() + a * gate).type_as(h0)``
 
-and layers that quantize the same x share the result. Anything else stays as it is.
+and layers that quantize the same x share the result.
 """
 
 from __future__ import annotations
@@ -17,6 +19,7 @@ from typing import Any
 
 import norm_to_e4m3 as kernels
 import torch
+from quantize_rows import E4M3_MAX
 from torch import fx
 from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_files
 
@@ -31,24 +34,40 @@ class FuseNorms(CustomGraphPass):
 
     def __call__(self, graph: fx.Graph) -> None:
         known: dict[Any, fx.Node] = {}
-        for node in list(graph.find_nodes(op="call_function", target=OPS.to_e4m3.default)):
-            x, inverse = node.args
-            assert isinstance(x, fx.Node)
-            if (x, inverse) not in known:
-                known[x, inverse] = _fused(graph, node, x, inverse) or node
-            if known[x, inverse] is not node:
-                node.replace_all_uses_with(known[x, inverse])
-                graph.erase_node(node)
+        for node in list(graph.find_nodes(op="call_method", target="to")):
+            quantized = _quantized(node)
+            if quantized is None:
+                continue
+            if quantized not in known:
+                known[quantized] = _fused(graph, node, *quantized)
+            known[quantized].meta.update(node.meta)
+            node.replace_all_uses_with(known[quantized])
+            graph.erase_node(node)
 
     def uuid(self) -> Any:
         return get_hash_for_files((__file__, kernels.__file__))
 
 
-def _fused(graph: fx.Graph, node: fx.Node, x: fx.Node, inverse: Any) -> fx.Node | None:
-    """What takes the place of ``to_e4m3(x, inverse)`` if x is a norm; it gives the sum that the norm is of as well."""
+def _quantized(node: fx.Node) -> tuple[fx.Node, Any] | None:
+    """(x, inverse) of a node that is x * inverse as E4M3, [rows, n], as a layer has it; None for anything else."""
+    if node.args[1:] != (kernels.E4M3,) or not isinstance(node.args[0], fx.Node):
+        return None
+    clamp = node.args[0]
+    if clamp.target != "clamp" or clamp.args[1:] != (-E4M3_MAX, E4M3_MAX) or not _calls(clamp.args[0], MUL):
+        return None
+    values, inverse = clamp.args[0].args
+    rows = _widened(values)
+    if _value(rows) is None or rows.target != "reshape" or rows.args[1:] != (-1, _value(rows).shape[-1]):
+        return None
+    return rows.args[0], inverse
+
+
+def _fused(graph: fx.Graph, node: fx.Node, x: fx.Node, inverse: Any) -> fx.Node:
+    """What takes the place of ``node``, which quantizes x; of the sum that a norm is of too, if x is one."""
     found = _modulated_norm(x)
     if found is None:
-        return None
+        with graph.inserting_before(node):
+            return graph.call_function(OPS.to_e4m3.default, (x, inverse))
     h, factor, shift, eps = found
     parts = _sum(h)
     if parts is None or not all(_hoisted(each, h) for each in (factor, shift)):
