@@ -72,18 +72,24 @@ def _fused(graph: fx.Graph, node: fx.Node, x: fx.Node, inverse: Any) -> fx.Node:
     parts = _sum(h)
     if parts is None or not all(_hoisted(each, h) for each in (factor, shift)):
         with graph.inserting_before(node):
-            factor, shift = (graph.call_method("reshape", (each, (-1,))) for each in (factor, shift))
-            return graph.call_function(OPS.norm_to_e4m3.default, (h, factor, shift, eps, inverse))
+            vectors = _scaled(graph, factor, shift, inverse)
+            return graph.call_function(OPS.norm_to_e4m3.default, (h, *vectors, eps))
     with graph.inserting_before(h):
         first, added, gate = parts
-        vectors = (
-            None if each is None else graph.call_method("reshape", (each, (-1,))) for each in (gate, factor, shift)
-        )
-        both = graph.call_function(OPS.add_norm_to_e4m3.default, (first, added, *vectors, eps, inverse))
+        if gate is not None:
+            gate = graph.call_method("reshape", (gate, (-1,)))
+        vectors = _scaled(graph, factor, shift, inverse)
+        both = graph.call_function(OPS.add_norm_to_e4m3.default, (first, added, gate, *vectors, eps))
         total, values = (graph.call_function(operator.getitem, (both, i)) for i in range(2))
     total.meta.update(h.meta)
     h.replace_all_uses_with(total)
     return values
+
+
+def _scaled(graph: fx.Graph, factor: fx.Node, shift: fx.Node, inverse: Any) -> list[fx.Node]:
+    """Both over the scale of the result, as vectors."""
+    vectors = (graph.call_method("reshape", (each, (-1,))) for each in (factor, shift))
+    return [graph.call_function(torch.mul, (each, inverse)) for each in vectors]
 
 
 def _modulated_norm(x: fx.Node) -> tuple[fx.Node, fx.Node, fx.Node, float] | None:
