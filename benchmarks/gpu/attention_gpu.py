@@ -6,7 +6,8 @@ Every kernel is timed as a CUDA graph, on random data, by CUDA events: small cas
 launches. Interleaved: every round times every kernel of a case for about as long, so that all meet the card equally
 warm, since one at its power limit is 4 % slower than a cool one. Milliseconds are medians of the rounds' medians,
 speedups medians of the rounds' ratios. Quantization, smoothing, permutes and scatter are inside every figure of ours;
-"pre" is their share. Kept TFLOP/s count the query-key pairs of tokens that the mask keeps, nothing that padding adds.
+"pre" is their share. Kept TFLOP/s count the query-key pairs of tokens that the mask keeps, nothing that padding adds;
+"block_factor" is what the products of the kept blocks, padding inside, are over that.
 The ceilings (bf16 and FP8 matrix products, copy) are measured first, in the same run.
 """
 
@@ -163,6 +164,17 @@ def error_against_float32(out: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v
     return ((out[0, 0, rows].float() - expected).norm() / expected.norm()).item()
 
 
+def block_factor(resolved: ResolvedPlan, block_m: int) -> float:
+    """Pairs of slots in the blocks that the kernel multiplies, over the pairs of tokens that the mask keeps.
+
+    A tile of 7x9x4 is 252 tokens in blocks of 128 rows and 128 keys: (256 / 252)^2.
+    """
+    tables = tables_of(resolved, torch.device("cpu"))
+    tile = tables.query_blocks(block_m)[:, 0].long()
+    slots = tables.keys.count[0, 0][tile].double().sum().item() * tables.unit * block_m
+    return slots / (resolved.densities[0] * resolved.q_layout.length * resolved.k_layout.length)
+
+
 def _tile_of_token(layout: Any, device: torch.device) -> torch.Tensor:
     tiles = torch.repeat_interleave(torch.arange(layout.n_tiles), layout.sizes())
     return torch.empty_like(tiles).scatter_(0, layout.order(), tiles).to(device)
@@ -194,6 +206,7 @@ def ours(
         row: dict[str, Any] = {
             "case": name, "kernel": f"fps {quant} ({config.variant})", "tile": tile,
             "window": resolved.windows[0], "density": resolved.densities[0], "pre_ms": 0.0,
+            "block_factor": block_factor(resolved, config.block_m),
         }  # fmt: skip
         try:
             row["error"] = error_against_float32(call(), q, k, v, resolved)

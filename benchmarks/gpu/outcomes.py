@@ -39,15 +39,22 @@ fill each other's gaps. What was tried on it, each against the version before:
 Then the card draws its 700 W and lowers its clock from 1980 to about 1850 MHz; with zeros for operands it does not.
 "Where the cycles go" and "Without the running maximum" below are of what came after.
 
-Later attempts that are not in the kernel. **Persistent programs** (132 of them take one block of queries after another,
-and the producer loads the next one's keys during the last one's epilogue), on the operands of
-`benchmarks/gpu/hopper_probe.py`, against the same source with a program per block, TFLOP/s on kept pairs, two runs:
-density 0.2, 889 and 885 against 887; density 0.05, 830 and 808 against 772; 64 features (48 heads, density 0.2), 344
-and 310 against 314. The start and the end of a program cost too little at density 0.2 to matter. It is left out because
-its correctness has not been shown on a GPU: the suite has not run with it, and in the probe it exceeded the tolerances
-(1e-2) in most cases, by up to 3e-2 in the output and 2.6e-2 in the log-sum-exp. So did a program per block of the same
-source: the probe's scores reached 65, far beyond a model's. An emulation of products that are summed in 13 bits has an
-error of 1.7e-2 in the log-sum-exp there, and 4e-3 for scores a quarter as large, which the probe takes since.
+Later attempts that are not in the kernel. **Persistent programs**: 132 of them take blocks of queries in turn from a
+counter; the producer loads the next block's keys during the last one's epilogue. Outputs are the same to the bit. On
+the operands of `benchmarks/gpu/hopper_probe.py`, in turn with the kernel as it is, which has no running maximum,
+milliseconds, medians of four rounds:
+
+| case | persistent | the kernel |
+|---|---|---|
+| Wan 14B 720p, tile 7x9x4, density 0.21 | 26.9 | 26.1 |
+| density 0.09 | 12.1 | 12.0 |
+| density 0.05 | 6.99 | 6.91 |
+| 13x30x45, 48 heads of 64 features, tile 13x2x9 | 1.72 | 1.72 |
+
+What it saves at the start and the end of a block of queries it loses in the loop: same instructions, but the assembler
+no longer puts exponentials of the lower rows where the check of the upper rows is waited for. (With running maxima it
+was even at density 0.2 and 7 % faster at 0.05.)
+
 **Other schedules of the same products**, milliseconds of the whole call at density 0.2 (tile 7x9x4) in two rounds, each
 beside the kernel as it is in the same run; the card draws 690 W in all of them, and every output was within 2e-3 of
 the kernel's:
@@ -216,14 +223,15 @@ def text_of(tile: Any) -> str:
 def measured_table(report: dict[str, Any]) -> str:
     peak = report["ceilings"]["fp8_tflops"]
     headings = ("case", "kernel", "tile", "density", "ms", "of it pre-pass", "vs fastest SDPA",
-                "TFLOP/s on kept pairs", "of FP8 matmul", "error vs float32")  # fmt: skip
+                "TFLOP/s on kept pairs", "of FP8 matmul", "on kept blocks", "error vs float32")  # fmt: skip
     lines = [f"| {' | '.join(headings)} |", "|" + "---|" * len(headings)]
     for row in report["rows"]:
         if "failed" in row:
             continue
         share = f"{row['pre_share']:.0%}" if row.get("pre_ms") else ""
         error = f"{row['error']:.4f}" if "error" in row else ""
-        speed = f"{row['kept_tflops']:.0f}", f"{row['kept_tflops'] / peak:.0%}"
+        blocks = f"{row['kept_tflops'] * row['block_factor']:.0f}" if "block_factor" in row else ""
+        speed = f"{row['kept_tflops']:.0f}", f"{row['kept_tflops'] / peak:.0%}", blocks
         cells = (row["case"], row["kernel"], text_of(row.get("tile")), f"{row['density']:.3f}", f"{row['ms']:.2f}")
         cells += (share, f"{row['speedup']:.2f}x", *speed, error)
         lines.append(f"| {' | '.join(cells)} |")
@@ -298,6 +306,28 @@ def bound(report: dict[str, Any], profile: dict[str, Any], model: dict[str, Any]
     )
 
 
+def model_table(model: dict[str, Any]) -> str:
+    """Whole steps by variant and density."""
+    headings = ("variant", "density", "s", "against Inductor", "peak memory, MiB", "output's distance")
+    lines = [f"| {' | '.join(headings)} |", "|" + "---|" * len(headings)]
+    for row in model["rows"]:
+        cells = (row["variant"], f"{row['density']:g}", f"{row['ms'] / 1e3:.2f}", f"{row['speedup']:.2f}x")
+        lines.append(f"| {' | '.join(cells)} | {row['peak_mib']:.1f} | {row['difference']:.3f} |")
+    return "\n".join(lines)
+
+
+def memory(model: dict[str, Any]) -> str:
+    """Where attention alone and Inductor peak."""
+    peaks = {row["variant"]: row["peak_mib"] for row in model["rows"]}
+    more = peaks["fps"] - peaks["inductor"]
+    return (
+        f"Attention alone peaks {more:.2f} MiB ({more / peaks['inductor']:.3%}) above Inductor, where queries and keys "
+        f"are rotated: the size of two float32 vectors of {TOKENS:,} rows, as the norms of both are. Inductor's own "
+        f"kernel for it, which holds them in registers, takes 3.3 ms per block, the two that the rewritten rotary "
+        f"embedding becomes 1.5."
+    )
+
+
 def main() -> None:
     report, earlier, predictions = load("attention_gpu"), load("attention_gpu_earlier"), load("gpu_predictions")
     profile, model = load("profile_model"), load("model_gpu")
@@ -311,16 +341,16 @@ def main() -> None:
 One {machine["gpu"]}, torch {machine["torch"]}, Triton {machine["triton"]}. Ceilings measured in the same run: bf16
 matmul {peaks["bf16_tflops"]:.0f} TFLOP/s, FP8 matmul {peaks["fp8_tflops"]:.0f} TFLOP/s (8192^3, random data), copy
 {peaks["copy_tbs"]:.2f} TB/s. `benchmarks/gpu/attention_gpu.py` makes the figures, `benchmarks/gpu/outcomes.py` this
-page. Medians; quantization, permutes and scatter are inside; kept pairs are pairs of tokens, whatever padding computes
-besides.
+page. Medians; quantization, permutes and scatter are inside. Kept pairs are pairs of tokens; kept blocks are what the
+kernel multiplies, 64 or 128 rows by 128 keys each, padding inside.
 
 {measured_table(report)}
 
-All rows but CogVideoX's are of one run, each timed as a CUDA graph, in {report["rounds"]} rounds that time every kernel
-of a case in turn: all meet a card at its power limit. CogVideoX's are of the run before, on another card, with the
-kernel as it was with running maxima. Cards differ: that kernel, tile 7x9x4, density 0.2, gave 7.12x to 7.23x (845 to
-861 TFLOP/s) in four runs. Blocks of 128 keys are 252 tokens to 256 slots with that tile: with what padding computes
-besides, the kernel's products run at 1.032 times the speed on kept pairs. Errors are relative L2, 512 rows of one head,
+All rows are of one run, each timed as a CUDA graph, in {report["rounds"]} rounds that time every kernel of a case in
+turn: all meet a card at its power limit. Cards differ, and so do moments: tile 7x9x4 at density 0.2 gave 7.49x (880 and
+883 TFLOP/s) in two runs; on a third card calls of it took 25.7, 28.3 and 27.1 ms in three rounds, and the attention
+kernels of a call in the profiler 24.3 ms, which is 964 TFLOP/s on kept pairs, before the card had lowered its clock.
+Errors are relative L2, 512 rows of one head,
 random normal inputs, same mask: for FP8 they are E4M3's. The speed on kept pairs is over the total less the pre-pass,
 timed by itself.
 
@@ -352,11 +382,23 @@ tile 7x9x4, density 0.2, each column of a run of its own, on a {profile["machine
 
 {step_table(profile)}
 
+Linear layers with static scales (`benchmarks/gpu/fp8_linear.py`) came later. Their norms, with the sum before, go into
+the quantization (`fuse_norms.py`), as one kernel: 0.50 ms without a sum and 0.82 with a gated one, for 75,600 rows of
+5,120 features, where Inductor's three loops took 1.03, 1.13 and 1.28 in the three places, and stored what queries, keys
+and values share three times. Their products are about 3 % faster, most so where 13,824 features go in (below).
+
 The linear layers' products by themselves, TFLOP/s, {TOKENS:,} rows:
 
 {product_table(profile)}
 
 {bound(report, profile, model)}
+
+Whole steps, all 40 blocks (`benchmarks/gpu/model_gpu.py`); memory is the peak above the weights, of what tensors ask
+for:
+
+{model_table(model)}
+
+{memory(model)}
 """
     )
 
