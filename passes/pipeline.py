@@ -7,6 +7,7 @@ from collections.abc import Callable
 
 from fpscompile.passes.base import GraphState, Pass
 from fpscompile.passes.find_sites import FindSites
+from fpscompile.passes.fuse_rotary import FuseRotary
 from fpscompile.passes.lower_sites import LowerSites
 from fpscompile.passes.normalize import Normalize
 from fpscompile.passes.plan_sites import PlanSites
@@ -20,6 +21,7 @@ PIPELINE: tuple[Pass, ...] = (
     FindSites(),
     PlanSites(),
     LowerSites(),
+    FuseRotary(),
     Restore(),
 )
 

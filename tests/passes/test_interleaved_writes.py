@@ -7,32 +7,13 @@ from typing import Any
 
 import pytest
 import torch
+from models.rotary import Graphs, wan
 from models.toys import T, heads, latent, wide_heads
-from torch import fx
 from torch._dynamo.testing import CompileCounter
 
-from fpscompile import Backend, Settings
 from fpscompile.passes import interleaved_writes
-from fpscompile.passes.base import target_name
 
 Rotary = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
-
-
-class Graphs:
-    """The fps backend, and the graphs that it hands to the inner compiler."""
-
-    def __init__(self) -> None:
-        self.seen: list[fx.GraphModule] = []
-        settings = {"inner": self._inner, "density": 1.0, "tile": (2, 2, 2), "lowering": "boxes", "quant": "none"}
-        self.backend = Backend(Settings.from_options(settings))
-
-    def _inner(self, gm: fx.GraphModule, inputs: list[object]) -> Callable[..., object]:
-        self.seen.append(gm)
-        return gm.forward
-
-    def count(self, name: str) -> int:
-        calls = [node for gm in self.seen for node in gm.graph.nodes if node.op in ("call_function", "call_method")]
-        return sum(target_name(node) == name for node in calls)
 
 
 @pytest.fixture(params=["_stacked", "_chosen"])
@@ -41,16 +22,6 @@ def form(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str
     if request.param == "_chosen":
         monkeypatch.setattr(interleaved_writes, "_stacked", interleaved_writes._chosen)
     return "stack" if request.param == "_stacked" else "where"
-
-
-def wan(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """Wan's own: the table is float32, the tensor may be less."""
-    x1, x2 = x.unflatten(-1, (-1, 2)).unbind(-1)
-    cos, sin = cos[..., 0::2], sin[..., 1::2]
-    out = torch.empty_like(x)
-    out[..., 0::2] = x1 * cos - x2 * sin
-    out[..., 1::2] = x1 * sin + x2 * cos
-    return out.type_as(x)
 
 
 def backwards(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:

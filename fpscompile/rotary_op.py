@@ -1,0 +1,54 @@
+"""``fps::norm_rotate``: a root-mean-square norm and the rotary embedding of what it leaves, in one pass over memory.
+
+    fps::norm_rotate(Tensor x, Tensor? weight, float eps, Tensor cos, Tensor sin) -> Tensor
+
+    x        [B, tokens, N] in half or single precision
+    weight   [N] in x's dtype, or None
+    cos, sin float32 [B | 1, tokens, pairs], N a multiple of 2 * pairs
+    result   [B, tokens, N], contiguous, in x's dtype: with y = rms_norm(x, (N,), weight, eps), of each pair of a head
+             y1 cos - y2 sin and y1 sin + y2 cos
+
+Where it takes the place of both is said in :mod:`fpscompile.passes.fuse_rotary`. On a GPU it is a Triton kernel, on a
+CPU plain operations. It has no gradient.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from fpscompile.gpu.call import launching
+from fpscompile.gpu.interpreter import interpreting
+
+_library = torch.library.Library("fps", "FRAGMENT")
+_library.define("norm_rotate(Tensor x, Tensor? weight, float eps, Tensor cos, Tensor sin) -> Tensor")
+
+
+def reference(
+    x: torch.Tensor, weight: torch.Tensor | None, eps: float, cos: torch.Tensor, sin: torch.Tensor
+) -> torch.Tensor:
+    """The op in plain operations; float64 for float64."""
+    y = torch.nn.functional.rms_norm(x, (x.shape[-1],), weight, eps)
+    y1, y2 = y.unflatten(-1, (-1, cos.shape[-1], 2)).unbind(-1)
+    cos, sin = cos.unsqueeze(-2), sin.unsqueeze(-2)
+    return torch.stack((y1 * cos - y2 * sin, y1 * sin + y2 * cos), -1).flatten(2).to(x.dtype)
+
+
+def _norm_rotate(
+    x: torch.Tensor, weight: torch.Tensor | None, eps: float, cos: torch.Tensor, sin: torch.Tensor
+) -> torch.Tensor:
+    if x.numel() == 0 or (x.device.type == "cpu" and not interpreting()):
+        return reference(x, weight, eps, cos, sin)
+    from fpscompile.gpu import rotary_kernel
+
+    with launching(x.device):
+        return rotary_kernel.rotate(x if x.stride(-1) == 1 else x.contiguous(), weight, eps, cos, sin)
+
+
+torch.library.impl("fps::norm_rotate", "CompositeExplicitAutograd", lib=_library)(_norm_rotate)
+
+
+@torch.library.register_fake("fps::norm_rotate", lib=_library)
+def _norm_rotate_fake(
+    x: torch.Tensor, weight: torch.Tensor | None, eps: float, cos: torch.Tensor, sin: torch.Tensor
+) -> torch.Tensor:
+    return x.new_empty(x.shape)

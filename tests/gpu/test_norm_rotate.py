@@ -1,0 +1,66 @@
+"""``fps::norm_rotate`` against plain operations in float64: the GPU's kernel, or the same in the interpreter."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from fpscompile import rotary_op
+from fpscompile.gpu.interpreter import interpreting
+
+pytest.importorskip("triton")
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+pytestmark = pytest.mark.skipif(DEVICE == "cpu" and not interpreting(), reason="needs a GPU or TRITON_INTERPRET=1")
+EPS = 1e-6
+
+
+def tables(batch: int, tokens: int, dim: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """As models slice them: every second column of a table that repeats its values."""
+    angles = 10.0 * torch.randn(batch, tokens, dim, device=DEVICE)
+    return angles.cos()[..., 0::2], angles.sin()[..., 1::2]
+
+
+def checked(x: torch.Tensor, weight: torch.Tensor | None, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    found = torch.ops.fps.norm_rotate(x, weight, EPS, cos, sin)
+    wide = (x.double(), None if weight is None else weight.double(), EPS, cos.double(), sin.double())
+    exact = rotary_op.reference(*wide)
+    step = torch.finfo(x.dtype).eps
+    # The norm is rounded, then what is rotated: of two values that may cancel.
+    size = exact.unflatten(-1, (-1, 2)).norm(dim=-1, keepdim=True).expand(*exact.shape[:-1], -1, 2).flatten(-2)
+    assert ((found.double() - exact).abs() <= 1.5 * step * size + 1e-7).all()
+    assert (found.dtype, found.shape) == (x.dtype, x.shape)
+    assert found.is_contiguous()
+    return found
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize(("heads", "dim"), [(40, 128), (12, 128), (3, 8), (1, 64), (5, 48), (1, 2)])
+def test_shapes(heads: int, dim: int, weighted: bool, dtype: torch.dtype) -> None:
+    x = (3.0 * torch.randn(2, 5, heads * dim, device=DEVICE)).to(dtype)
+    x[0, 1] = 0.0
+    weight = torch.randn(heads * dim, device=DEVICE).to(dtype) if weighted else None
+    found = checked(x, weight, *tables(1, 5, dim))
+    assert not found[0, 1].any()
+
+
+def test_strides_and_a_table_per_sample() -> None:
+    wide = torch.randn(3, 2, 7, 96, device=DEVICE).bfloat16()
+    x = wide[1].transpose(0, 1)[:, :, 16:80].transpose(0, 1)  # [2, 7, 64], rows 96 apart
+    weight = torch.randn(64, device=DEVICE).bfloat16()
+    checked(x, weight, *tables(2, 7, 16))
+    checked(wide[0, ..., ::3], weight[:32], *tables(2, 7, 16))  # [2, 7, 32], its values three apart
+
+
+def test_no_tokens() -> None:
+    x = torch.empty(2, 0, 64, device=DEVICE)
+    assert torch.ops.fps.norm_rotate(x, None, EPS, *tables(1, 0, 16)).shape == x.shape
+
+
+def test_what_is_no_number_stays_in_its_row() -> None:
+    x = torch.randn(1, 4, 64, device=DEVICE)
+    x[0, 1, 3] = torch.nan
+    found = torch.ops.fps.norm_rotate(x, None, EPS, *tables(1, 4, 16))
+    assert found[0, 1].isnan().all()
+    assert found[0, [0, 2, 3]].isfinite().all()
