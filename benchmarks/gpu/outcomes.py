@@ -324,7 +324,8 @@ def memory(model: dict[str, Any]) -> str:
         f"Attention alone peaks {more:.2f} MiB ({more / peaks['inductor']:.3%}) above Inductor, where queries and keys "
         f"are rotated: the size of two float32 vectors of {TOKENS:,} rows, as the norms of both are. Inductor's own "
         f"kernel for it, which holds them in registers, takes 3.3 ms per block, the two that the rewritten rotary "
-        f"embedding becomes 1.5."
+        f"embedding became 1.5. `fps::norm_rotate` has since taken their place: queries are rotated before keys are "
+        f"projected, so that one large tensor less is alive. No GPU has run that yet."
     )
 
 
