@@ -15,6 +15,8 @@ Legality, all of it; otherwise nothing changes:
 2. The norm is ``rms_norm`` of the last axis, with an eps, of [B, tokens, n] in half or single precision, its weight of
    the same dtype. Views lead from it to ``unbind`` of pairs; what is rotated has the same leading axes.
 3. cos and sin are float32 of one value per pair, [1 or B, tokens, 1, pairs].
+4. Between the norm and the result nothing is written into what either reads, and gradients and autocast are neither
+   turned on nor off.
 
 It runs behind ``lower_sites``, so that everything before sees operations whose axes it can follow.
 """
@@ -29,6 +31,7 @@ import torch
 from torch import fx
 
 from fpscompile import rotary_op as _rotary_op  # noqa: F401  (defines the op)
+from fpscompile.passes.aliasing import mode_changes_between, written_between
 from fpscompile.passes.axes import same
 from fpscompile.passes.base import GraphState, argument, copy_origin, emit, fake_tensor, shape_of, target_name, words
 
@@ -58,6 +61,7 @@ class FuseRotary:
 
 @dataclass(frozen=True)
 class _Norm:
+    node: fx.Node
     x: fx.Node
     weight: fx.Node | None
     eps: float
@@ -74,6 +78,9 @@ def _fuse(state: GraphState, out: fx.Node) -> bool:
     turned = _turned(*(_uncast(side, out) for side in sides))
     norm = None if turned is None else _norm_of(turned[0])
     if turned is None or norm is None or not _fits(out, norm, turned):
+        return False
+    read = (norm.node, norm.x, norm.weight, *turned[1:])
+    if written_between(norm.node, out, read, ()) is not None or mode_changes_between(norm.node, out) is not None:
         return False
     with state.graph.inserting_before(out):
         tables = [emit(state, "squeeze", (table, -2)) for table in turned[1:]]
@@ -123,7 +130,9 @@ def _product(node: Any) -> tuple[fx.Node, int, fx.Node] | None:
     if not _calls(node, "mul") or len(node.args) != 2 or node.kwargs:
         return None
     for piece, table in (node.args, node.args[::-1]):
-        if _calls(piece, "getitem") and _calls(piece.args[0], "unbind") and isinstance(table, fx.Node):
+        if not _calls(piece, "getitem") or not _calls(piece.args[0], "unbind") or type(piece.args[1]) is not int:
+            continue
+        if isinstance(table, fx.Node):
             return piece.args[0], piece.args[1], table
     return None
 
@@ -132,7 +141,7 @@ def _norm_of(unbind: fx.Node) -> _Norm | None:
     """The norm that ``unbind`` takes apart along its last axis, if nothing else reads it."""
     node, axis = unbind.args[0], argument(unbind, 1, "dim", 0)
     value = fake_tensor(node)
-    if value is None or axis not in (-1, value.dim() - 1) or value.shape[-1] != 2:
+    if value is None or axis not in (-1, value.dim() - 1) or shape_of(node)[-1].expr != 2:  # type: ignore[arg-type]
         return None
     reader = unbind
     while True:
@@ -148,20 +157,24 @@ def _norm_of(unbind: fx.Node) -> _Norm | None:
         argument(node, i, name) for i, name in enumerate(("input", "normalized_shape", "weight", "eps"))
     )
     value = fake_tensor(x)
-    if not isinstance(eps, float) or value is None or value.dim() != 3 or tuple(sizes) != (value.shape[-1],):
+    if not isinstance(eps, float) or value is None or value.dim() != 3:
         return None
-    return _Norm(x, weight, eps)
+    last = shape_of(x)[-1]
+    return _Norm(node, x, weight, eps) if last.expr.is_Integer and tuple(sizes) == (last.hint,) else None
 
 
 def _fits(out: fx.Node, norm: _Norm, turned: tuple[fx.Node, fx.Node, fx.Node]) -> bool:
     """Whether shapes and dtypes are the op's."""
     given, value = fake_tensor(norm.x), fake_tensor(out)
     tables = [fake_tensor(table) for table in turned[1:]]
+    normed = fake_tensor(norm.node)
     if given is None or value is None or value.dim() != 4 or any(x is None or x.dim() != 4 for x in tables):
         return False
-    if given.dtype not in (torch.float16, torch.bfloat16, torch.float32) or value.dtype != given.dtype:
+    if given.dtype not in (torch.float16, torch.bfloat16, torch.float32) or normed is None:
         return False
-    if value.requires_grad or given.requires_grad or any(x.dtype != torch.float32 for x in tables):  # type: ignore[union-attr]
+    if not value.dtype == normed.dtype == given.dtype or value.requires_grad or given.requires_grad:
+        return False
+    if any((x.dtype, x.device) != (torch.float32, given.device) for x in tables):  # type: ignore[union-attr]
         return False
     factor = None if norm.weight is None else fake_tensor(norm.weight)
     if norm.weight is not None and (factor is None or factor.dtype != given.dtype):

@@ -117,7 +117,7 @@ def _launch_norm(
     norm_of_rows[(values.shape[0],)](
         x, added, gate, factor, shift, total, values, n, eps,
         ADD=added is not None, GATE=gate is not None, FIRST=first, REST=rest, WHOLE=first + rest == n,
-        CLAMP=_clamps(x), num_warps=max(1, min(4, n // 1024)),
+        CLAMP=_clamps(x), num_warps=max(1, min(8, triton.next_power_of_2(n) // 2048)),
     )  # fmt: skip
     return total, values
 

@@ -97,14 +97,23 @@ def rotate(
     """
     batch, tokens, n = x.shape
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    first = 1 << (n.bit_length() - 1)
-    rest = triton.next_power_of_2(n - first) if n > first else 0
-    strides = [
-        (0 if table.shape[0] == 1 else table.stride(0), table.stride(1), table.stride(2)) for table in (cos, sin)
-    ]
+    strides: list[int] = []
+    for table in (cos, sin):
+        strides += [0 if table.shape[0] == 1 else table.stride(0), *table.stride()[1:]]
     rotate_rows[(batch * tokens,)](
-        x, weight, cos, sin, out, x.stride(0), x.stride(1), *strides[0], *strides[1], tokens, n, eps,
-        PAIRS=cos.shape[2], FIRST=first, REST=rest, WHOLE=first + rest == n, WEIGHT=weight is not None,
-        num_warps=max(1, min(4, n // 1024)),
+        x, weight, cos, sin, out, x.stride(0), x.stride(1), *strides, tokens, n, eps,
+        **options(n), PAIRS=cos.shape[2], WEIGHT=weight is not None,
     )  # fmt: skip
     return out
+
+
+def options(n: int) -> dict[str, int]:
+    """Launch options for rows of n values; a thread holds about 40 of them.
+
+    >>> options(5120)["num_warps"], options(3072)["num_warps"], options(96)["num_warps"]
+    (4, 2, 1)
+    """
+    first = 1 << (n.bit_length() - 1)
+    rest = triton.next_power_of_2(n - first) if n > first else 0
+    warps = max(1, min(8, triton.next_power_of_2(n) // 2048))
+    return {"FIRST": first, "REST": rest, "WHOLE": first + rest == n, "num_warps": warps}

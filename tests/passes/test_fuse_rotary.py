@@ -113,13 +113,48 @@ def by_hand(y: torch.Tensor, weight: nn.Parameter) -> torch.Tensor:
     return y * torch.rsqrt(y.pow(2).mean(-1, keepdim=True) + EPS) * weight
 
 
-@pytest.mark.parametrize("norm", [by_head, default_eps, read_twice, by_hand])
+def in_float32(y: torch.Tensor, weight: nn.Parameter) -> torch.Tensor:
+    """Handed on wider than it came."""
+    return rms_norm(y.double(), (N,), weight.double(), EPS).to(y.dtype)
+
+
+def written_after(y: torch.Tensor, weight: nn.Parameter) -> torch.Tensor:
+    """What was normalized is overwritten before the rotation."""
+    normed = rms_norm(y, (N,), weight, EPS)
+    y.add_(1.0)
+    return normed
+
+
+@pytest.mark.parametrize("norm", [by_head, default_eps, read_twice, by_hand, in_float32, written_after])
 @torch.no_grad()
 def test_other_norms_stay(norm: Norm, on_gpu: None) -> None:
     model, args = Block(norm), inputs()
     found, graphs = compiled(model, *args)
     assert graphs.count("fps::norm_rotate") == 0
     torch.testing.assert_close(found, model(*args), rtol=1e-5, atol=1e-5)
+
+
+class Squared(Block):
+    """Pairs that are multiplied by themselves, as complex numbers: tables that come out of the norm."""
+
+    def forward(self, video: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+        x = self.embed(video).flatten(2).transpose(1, 2)
+        y = rms_norm(self.to_q(x), (N,), self.weights[0], EPS).unflatten(2, (1, -1))
+        y1, y2 = y.unflatten(-1, (-1, 2)).unbind(-1)
+        q = torch.empty_like(y)
+        q[..., 0::2] = y1 * y1 - y2 * y2
+        q[..., 1::2] = y1 * y2 + y2 * y1
+        q, k, v = (
+            z.transpose(1, 2) for z in (q, *(layer(x).unflatten(2, (1, -1)) for layer in (self.to_k, self.to_v)))
+        )
+        return torch.nn.functional.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+
+
+@torch.no_grad()
+def test_what_only_looks_like_tables(on_gpu: None) -> None:
+    model, args = Squared(whole), inputs()
+    found, _ = compiled(model, *args)
+    torch.testing.assert_close(found, model(*args), rtol=1e-4, atol=1e-5)
 
 
 @torch.no_grad()
