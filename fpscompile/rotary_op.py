@@ -22,6 +22,9 @@ from fpscompile.gpu.interpreter import interpreting
 _library = torch.library.Library("fps", "FRAGMENT")
 _library.define("norm_rotate(Tensor x, Tensor? weight, float eps, Tensor cos, Tensor sin) -> Tensor")
 
+LONGEST = 16384
+"""Most values of a row: a program of the kernel holds it in registers."""
+
 
 def reference(
     x: torch.Tensor, weight: torch.Tensor | None, eps: float, cos: torch.Tensor, sin: torch.Tensor
@@ -36,12 +39,32 @@ def reference(
 def _norm_rotate(
     x: torch.Tensor, weight: torch.Tensor | None, eps: float, cos: torch.Tensor, sin: torch.Tensor
 ) -> torch.Tensor:
+    _check(x, weight, cos, sin)
     if x.numel() == 0 or (x.device.type == "cpu" and not interpreting()):
         return reference(x, weight, eps, cos, sin)
     from fpscompile.gpu import rotary_kernel
 
     with launching(x.device):
         return rotary_kernel.rotate(x if x.stride(-1) == 1 else x.contiguous(), weight, eps, cos, sin)
+
+
+def _check(x: torch.Tensor, weight: torch.Tensor | None, cos: torch.Tensor, sin: torch.Tensor) -> None:
+    """Raises ValueError for operands that the op's text does not allow."""
+    if x.dim() != 3 or x.shape[2] > LONGEST or x.dtype not in (torch.float16, torch.bfloat16, torch.float32):
+        raise ValueError(
+            f"norm_rotate: x is {x.dtype} {list(x.shape)}; it must be [B, tokens, N] in half or single precision, N at "
+            f"most {LONGEST}"
+        )
+    batch, tokens, n = x.shape
+    if weight is not None and (weight.shape != (n,) or weight.dtype != x.dtype):
+        raise ValueError(f"norm_rotate: weight is {weight.dtype} {list(weight.shape)}; it must be {x.dtype} [{n}]")
+    for name, table in (("cos", cos), ("sin", sin)):
+        fits = table.dim() == 3 and table.shape[0] in (1, batch) and table.shape[1] == tokens
+        if not fits or table.dtype != torch.float32 or table.shape != cos.shape or n % (2 * table.shape[2]):
+            raise ValueError(
+                f"norm_rotate: {name} is {table.dtype} {list(table.shape)}; it must be float32 [{batch} or 1, "
+                f"{tokens}, pairs], pairs a divisor of {n // 2} and the same for both"
+            )
 
 
 torch.library.impl("fps::norm_rotate", "CompositeExplicitAutograd", lib=_library)(_norm_rotate)

@@ -23,24 +23,19 @@ It runs behind ``lower_sites``, so that everything before sees operations whose 
 
 from __future__ import annotations
 
-import logging
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import fx
 
-from fpscompile import rotary_op as _rotary_op  # noqa: F401  (defines the op)
 from fpscompile.passes.aliasing import mode_changes_between, written_between
 from fpscompile.passes.axes import same
 from fpscompile.passes.base import GraphState, argument, copy_origin, emit, fake_tensor, shape_of, target_name, words
-
-logger = logging.getLogger(__name__)
+from fpscompile.rotary_op import LONGEST
 
 VIEWS = words("unflatten view reshape flatten")
 COVERED = VIEWS | words("stack to sub add mul getitem unbind rms_norm")
-LONGEST = 16384
-"""Most values of a row: the kernel holds it in registers."""
 
 
 @dataclass(frozen=True)
@@ -55,7 +50,7 @@ class FuseRotary:
                     if _calls(node, "flatten") and _on_gpu(node):
                         found += _fuse(graph, node)
         if found:
-            logger.debug("%d norms and rotary embeddings became one kernel each", found)
+            state.note("info", "rotary", f"{found} norms and the rotary embeddings behind them run as one kernel each")
         return found > 0
 
 

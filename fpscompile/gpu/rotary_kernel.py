@@ -8,9 +8,6 @@ import torch
 import triton
 import triton.language as tl
 
-LONGEST = 16384
-"""Values of a row: a program holds it in registers."""
-
 
 @triton.jit
 def _pairs(x_ptr, row, FIRST: tl.constexpr, COUNT: tl.constexpr, N, WHOLE: tl.constexpr):
@@ -88,7 +85,7 @@ def rotate(
     """The norm and the rotary embedding of rows.
 
     Args:
-        x: [B, tokens, N], last axis contiguous, N even and at most :data:`LONGEST`.
+        x: [B, tokens, N], last axis contiguous, N even and at most :data:`fpscompile.rotary_op.LONGEST`.
         weight: [N] in x's dtype, contiguous, or None.
         cos, sin: float32 [B | 1, tokens, pairs], N a multiple of 2 * pairs: head after head takes them in turn.
 

@@ -165,14 +165,17 @@ def test_norms_of_a_wan_block_are_fused(layers: ModuleType) -> None:
     with torch.no_grad(), repaired_interpreter(), pytest.MonkeyPatch.context() as patch:
         if DEVICE == "cpu":
             patch.setattr(torch, "_scaled_mm", _scaled_mm)
+        exact = block(x, text, temb, rotary)
         scales = layers.calibrated(block, lambda: block(x, text, temb, rotary))
         layers.replace_linears(block, smallest=32, scales=scales)
-        expected = block(x, text, temb, rotary)
+        plain = block(x, text, temb, rotary)
         torch._dynamo.reset()
         options = {"pre_grad_custom_pass": Counting(), "fx_graph_cache": False}
         found = torch.compile(block, options=options, fullgraph=True)(x, text, temb, rotary)
     assert counts == {"fps_bench.to_e4m3": 3, "fps_bench.norm_to_e4m3": 1, "fps_bench.add_norm_to_e4m3": 2}
-    assert (found - expected).norm() / (expected - x).norm() < 0.03  # a value may be rounded the other way
+    # Values may be rounded to E4M3 the other way, since the fused norm does not round to bfloat16 first.
+    of_plain, of_fused = ((each - exact).norm() / (exact - x).norm() for each in (plain, found))
+    assert 1e-4 < of_fused < 1.3 * of_plain < 0.1
 
 
 def test_other_norms_are_left_alone(layers: ModuleType) -> None:

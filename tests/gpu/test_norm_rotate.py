@@ -67,6 +67,27 @@ def test_what_is_no_number_stays_in_its_row() -> None:
 
 
 @pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"x": (2, 4, 16386)}, r"x is torch\.float32"),
+        ({"x": (4, 64)}, "x is"),
+        ({"weight": (32,)}, r"weight is torch\.float32 \[32\]"),
+        ({"cos": (3, 4, 16)}, "cos is"),
+        ({"sin": (1, 5, 16)}, "sin is"),
+        ({"sin": (1, 4, 8)}, "sin is"),
+        ({"cos": (1, 4, 24), "sin": (1, 4, 24)}, "a divisor of 32"),
+    ],
+)
+def test_other_operands_are_refused(change: dict[str, tuple[int, ...]], message: str) -> None:
+    shapes = {"x": (2, 4, 64), "weight": (64,), "cos": (1, 4, 16), "sin": (1, 4, 16)} | change
+    x, weight, cos, sin = (torch.zeros(shape, device=DEVICE) for shape in shapes.values())
+    with pytest.raises(ValueError, match=message):
+        torch.ops.fps.norm_rotate(x, weight, EPS, cos, sin)
+    with pytest.raises(ValueError, match=r"cos is torch\.float64"):
+        torch.ops.fps.norm_rotate(torch.zeros(2, 4, 64), None, EPS, *torch.zeros(2, 1, 4, 16).double())
+
+
+@pytest.mark.parametrize(
     ("target", "n"), [*((target, 5120) for target in TARGETS), *(("cuda:90", n) for n in (96, 1536, 3072, 16384))]
 )
 def test_it_compiles_without_spills(target: str, n: int) -> None:

@@ -68,6 +68,7 @@ def test_queries_and_keys(tables: int, dtype: torch.dtype, on_gpu: None) -> None
     (site,) = graphs.backend.graphs[0].sites
     assert site.rewritten
     assert graphs.count("fps::norm_rotate") == 2
+    assert [note.message[:7] for note in graphs.backend.graphs[0].notes if note.code == "rotary"] == ["2 norms"]
     assert graphs.count("stack") == graphs.count("rms_norm") == graphs.count("type_as") == 0
     expected = model(*args)
     step = torch.finfo(dtype).eps
