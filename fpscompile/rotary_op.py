@@ -60,7 +60,7 @@ def _check(x: torch.Tensor, weight: torch.Tensor | None, cos: torch.Tensor, sin:
         raise ValueError(f"norm_rotate: weight is {weight.dtype} {list(weight.shape)}; it must be {x.dtype} [{n}]")
     for name, table in (("cos", cos), ("sin", sin)):
         fits = table.dim() == 3 and table.shape[0] in (1, batch) and table.shape[1] == tokens
-        if not fits or table.dtype != torch.float32 or table.shape != cos.shape or n % (2 * table.shape[2]):
+        if not fits or table.dtype != torch.float32 or table.shape[2] != cos.shape[2] or n % (2 * table.shape[2]):
             raise ValueError(
                 f"norm_rotate: {name} is {table.dtype} {list(table.shape)}; it must be float32 [{batch} or 1, "
                 f"{tokens}, pairs], pairs a divisor of {n // 2} and the same for both"

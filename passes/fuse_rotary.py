@@ -14,7 +14,7 @@ Legality, all of it; otherwise nothing changes:
 1. A site of the graph is rewritten; all is on a GPU, and nothing asks for gradients.
 2. The norm is ``rms_norm`` of the last axis, with an eps, of [B, tokens, n] in half or single precision, its weight of
    the same dtype. Views lead from it to ``unbind`` of pairs; what is rotated has the same leading axes.
-3. cos and sin are float32 of one value per pair, [1 or B, tokens, 1, pairs].
+3. cos and sin are float32 of one value per pair, [1 or B, tokens, 1, pairs]. All are plain tensors.
 4. Between the norm and the result nothing is written into what either reads, and gradients and autocast are neither
    turned on nor off.
 
@@ -28,6 +28,7 @@ from typing import Any
 
 import torch
 from torch import fx
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from fpscompile.passes.aliasing import mode_changes_between, written_between
 from fpscompile.passes.axes import same
@@ -70,7 +71,7 @@ def _fuse(state: GraphState, out: fx.Node) -> bool:
     sides = stack.args[0]  # type: ignore[union-attr]
     if not isinstance(sides, (tuple, list)) or len(sides) != 2:
         return False
-    turned = _turned(*(_uncast(side, out) for side in sides))
+    turned = _turned(*(_uncast(side) for side in sides))
     norm = None if turned is None else _norm_of(turned[0])
     if turned is None or norm is None or not _fits(out, norm, turned):
         return False
@@ -174,6 +175,8 @@ def _fits(out: fx.Node, norm: _Norm, turned: tuple[fx.Node, fx.Node, fx.Node]) -
     factor = None if norm.weight is None else fake_tensor(norm.weight)
     if norm.weight is not None and (factor is None or factor.dtype != given.dtype):
         return False
+    if any(is_traceable_wrapper_subclass(x) for x in (given, factor, *tables)):  # a DTensor has no rule for the op
+        return False
     batch, tokens, heads, dim = shape_of(out)
     n = shape_of(norm.x)[2]
     if not all(size.expr.is_Integer for size in (heads, dim, n)) or n.hint != heads.hint * dim.hint or n.hint > LONGEST:
@@ -199,7 +202,7 @@ def _same_dtype(a: Any, b: fx.Node) -> bool:
     return ours is not None and theirs is not None and (ours.dtype, ours.device) == (theirs.dtype, theirs.device)
 
 
-def _uncast(side: Any, out: fx.Node) -> Any:
+def _uncast(side: Any) -> Any:
     """What a side of the stack was before it was cast to the result's dtype."""
     before = side.args[0] if isinstance(side, fx.Node) and side.args else None
     casts = _calls(side, "to") or _calls(side, "type_as")

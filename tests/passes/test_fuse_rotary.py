@@ -135,6 +135,22 @@ def test_other_norms_stay(norm: Norm, on_gpu: None) -> None:
     torch.testing.assert_close(found, model(*args), rtol=1e-5, atol=1e-5)
 
 
+@torch.no_grad()
+def test_tables_may_differ_in_batch(on_gpu: None) -> None:
+    model, (video, cos, sin) = Block(whole), inputs(tables=2)
+    found, graphs = compiled(model, video, cos[:1], sin)
+    assert graphs.count("fps::norm_rotate") == 2
+    torch.testing.assert_close(found, model(video, cos[:1], sin), rtol=1e-5, atol=1e-5)
+
+
+@torch.no_grad()
+def test_wrapped_tensors_stay(on_gpu: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A DTensor, for one: it would not know how to shard the op."""
+    monkeypatch.setattr(fuse_rotary, "is_traceable_wrapper_subclass", lambda x: isinstance(x, torch.Tensor))
+    _, graphs = compiled(Block(whole), *inputs())
+    assert graphs.count("fps::norm_rotate") == 0
+
+
 class Squared(Block):
     """Pairs that are multiplied by themselves, as complex numbers: tables that come out of the norm."""
 
