@@ -19,7 +19,7 @@ from typing import Any
 
 import norm_to_e4m3 as kernels
 import torch
-from quantize_rows import E4M3_MAX
+from quantize_rows import E4M3_MAX, MOST
 from torch import fx
 from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_files
 
@@ -114,7 +114,7 @@ def _modulated_norm(x: fx.Node) -> tuple[fx.Node, fx.Node, fx.Node, float] | Non
     n = _value(h).shape[-1]
     if factor is None:
         factor, shift, weight, bias = weight, bias, None, None
-    if weight is not None or bias is not None or tuple(sizes) != (n,) or n > kernels.MOST:
+    if weight is not None or bias is not None or tuple(sizes) != (n,) or n > MOST:
         return None
     if not _vector(factor, n) or not _vector(shift, n):
         return None

@@ -2,7 +2,7 @@
 """E4M3 with a scale that is known, of what a linear layer is handed: a norm, GELU, or the output of attention.
 
 One Triton kernel each, which reads and writes a value once. Inductor makes three loops of a norm and the quantization
-of its result, and stores that once for each layer that reads it.
+of its result, and stores that once for each layer that reads it. The cast to E4M3 saturates.
 """
 
 from __future__ import annotations
@@ -12,21 +12,9 @@ import triton
 import triton.language as tl
 from quantize_rows import gelu_tanh
 
+from fpscompile.gpu.rotary_kernel import options
+
 E4M3 = torch.float8_e4m3fn
-MOST = 16384
-"""Longest row that a program holds."""
-
-
-@triton.jit
-def _to_e4m3(x, CLAMP: tl.constexpr):
-    """A GPU's cast saturates by itself; the interpreter's does not."""
-    if CLAMP:
-        x = tl.minimum(tl.maximum(x, -448.0), 448.0)
-    return x.to(tl.float8e4nv)
-
-
-def _clamps(x: torch.Tensor) -> bool:
-    return x.device.type == "cpu"
 
 
 # ---------------------------------------------------------------------------------------------------------- norms
@@ -61,28 +49,25 @@ def _centred(x, mean, at, N, WHOLE: tl.constexpr):
 
 
 @triton.jit
-def _store_part(centred, inverse_deviation, factor_ptr, shift_ptr, values_ptr, row, at, N, WHOLE: tl.constexpr,
-                CLAMP: tl.constexpr):  # fmt: skip
+def _store_part(centred, inverse_deviation, factor_ptr, shift_ptr, values_ptr, row, at, N, WHOLE: tl.constexpr):
     if WHOLE:
         inside = None
     else:
         inside = at < N
     factor = tl.load(factor_ptr + at, mask=inside, other=None if WHOLE else 0.0, eviction_policy="evict_last")
     shift = tl.load(shift_ptr + at, mask=inside, other=None if WHOLE else 0.0, eviction_policy="evict_last")
-    values = _to_e4m3(centred * inverse_deviation * factor + shift, CLAMP)
-    tl.store(values_ptr + row + at, values, mask=inside)
+    values = centred * inverse_deviation * factor + shift
+    tl.store(values_ptr + row + at, values.to(values_ptr.dtype.element_ty), mask=inside)
 
 
 @triton.jit
 def norm_of_rows(
     x_ptr, added_ptr, gate_ptr, factor_ptr, shift_ptr, sum_ptr, values_ptr, N, eps,
     ADD: tl.constexpr, GATE: tl.constexpr, FIRST: tl.constexpr, REST: tl.constexpr, WHOLE: tl.constexpr,
-    CLAMP: tl.constexpr,
 ):  # fmt: skip
     """What :func:`norm_to_e4m3` and :func:`add_norm_to_e4m3` say, of row program_id(0).
 
-    A row is FIRST columns and at most REST more (WHOLE: exactly), both powers of two: 5,120 features are 4,096 and
-    1,024, and a program that took them for 8,192 would spend a third of its instructions on nothing.
+    A row is FIRST columns and at most REST more (WHOLE: exactly), see :func:`fpscompile.gpu.rotary_kernel.options`.
     """
     row = tl.program_id(0).to(tl.int64) * N
     at = tl.arange(0, FIRST)
@@ -99,9 +84,9 @@ def norm_of_rows(
         rest = _centred(rest, mean, rest_at, N, WHOLE)
         squares += tl.sum(rest * rest, 0)
     inverse_deviation = tl.rsqrt(squares / N + eps)
-    _store_part(x, inverse_deviation, factor_ptr, shift_ptr, values_ptr, row, at, N, True, CLAMP)
+    _store_part(x, inverse_deviation, factor_ptr, shift_ptr, values_ptr, row, at, N, True)
     if REST > 0:
-        _store_part(rest, inverse_deviation, factor_ptr, shift_ptr, values_ptr, row, rest_at, N, WHOLE, CLAMP)
+        _store_part(rest, inverse_deviation, factor_ptr, shift_ptr, values_ptr, row, rest_at, N, WHOLE)
 
 
 def _launch_norm(
@@ -112,12 +97,9 @@ def _launch_norm(
     x, added = x.contiguous(), None if added is None else added.contiguous()
     values = torch.empty(x.numel() // n, n, dtype=E4M3, device=x.device)
     total = x if added is None else torch.empty_like(x)
-    first = 1 << (n.bit_length() - 1)
-    rest = triton.next_power_of_2(n - first) if n > first else 0
     norm_of_rows[(values.shape[0],)](
         x, added, gate, factor, shift, total, values, n, eps,
-        ADD=added is not None, GATE=gate is not None, FIRST=first, REST=rest, WHOLE=first + rest == n,
-        CLAMP=_clamps(x), num_warps=max(1, min(8, triton.next_power_of_2(n) // 2048)),
+        ADD=added is not None, GATE=gate is not None, **options(n),
     )  # fmt: skip
     return total, values
 
@@ -127,7 +109,7 @@ def norm_to_e4m3(x: torch.Tensor, factor: torch.Tensor, shift: torch.Tensor, eps
     """LayerNorm(x) * factor + shift as E4M3 [rows, n]; what is beyond 448 saturates.
 
     Args:
-        x: [..., n], n at most :data:`MOST`.
+        x: [..., n], n at most :data:`quantize_rows.MOST`.
         factor, shift: f32, n values each, contiguous; both divided by the scale of the result.
     """
     return _launch_norm(x, None, None, factor, shift, eps)[1]
@@ -167,7 +149,6 @@ def _sum_and_rows(x: torch.Tensor, *_: object) -> tuple[torch.Tensor, torch.Tens
 @triton.jit
 def values_of_rows(
     x_ptr, bias_ptr, inverse_ptr, values_ptr, N, HAS_BIAS: tl.constexpr, GELU: tl.constexpr, BLOCK: tl.constexpr,
-    CLAMP: tl.constexpr,
 ):  # fmt: skip
     """x [rows, N] (+ bias [N]) (then GELU in its tanh form) times ``inverse``, as E4M3.
 
@@ -182,7 +163,8 @@ def values_of_rows(
     x = x.to(tl.float32)
     if GELU:
         x = gelu_tanh(x)
-    tl.store(values_ptr + row + at, _to_e4m3(x * tl.load(inverse_ptr), CLAMP), mask=inside)
+    values = x * tl.load(inverse_ptr)
+    tl.store(values_ptr + row + at, values.to(values_ptr.dtype.element_ty), mask=inside)
 
 
 def _launch_values(x: torch.Tensor, bias: torch.Tensor | None, inverse: torch.Tensor, gelu: bool) -> torch.Tensor:
@@ -190,7 +172,7 @@ def _launch_values(x: torch.Tensor, bias: torch.Tensor | None, inverse: torch.Te
     x = x.contiguous()
     values = torch.empty(x.numel() // n, n, dtype=E4M3, device=x.device)
     values_of_rows[(values.shape[0], triton.cdiv(n, 2048))](
-        x, bias, inverse, values, n, HAS_BIAS=bias is not None, GELU=gelu, BLOCK=2048, CLAMP=_clamps(x), num_warps=4
+        x, bias, inverse, values, n, HAS_BIAS=bias is not None, GELU=gelu, BLOCK=2048, num_warps=4
     )
     return values
 

@@ -53,8 +53,7 @@ def rotate_rows(
 ):  # fmt: skip
     """Row program_id(0) of x [B, tokens, N]; see :func:`rotate`.
 
-    A row is FIRST values and at most REST more (WHOLE: exactly), both powers of two: heads of 128 features are seldom a
-    power of two, and a program that took 5,120 values for 8,192 would spend a third of its instructions on nothing.
+    A row is FIRST values and at most REST more (WHOLE: exactly); see :func:`options`.
     """
     batch = (tl.program_id(0) // tokens).to(tl.int64)
     token = (tl.program_id(0) % tokens).to(tl.int64)
@@ -105,7 +104,10 @@ def rotate(
 
 
 def options(n: int) -> dict[str, int]:
-    """Launch options for rows of n values; a thread holds about 40 of them.
+    """Launch options for programs that hold a row of n values, some 40 of them in a thread.
+
+    FIRST and REST are powers of two. Rows are seldom one: a program that took 5,120 values for 8,192, and not for 4,096
+    and 1,024, would spend a third of its instructions on nothing.
 
     >>> options(5120)["num_warps"], options(3072)["num_warps"], options(96)["num_warps"]
     (4, 2, 1)
