@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from norm_to_e4m3 import gelu_to_e4m3
@@ -203,14 +204,16 @@ def calibrated(module: nn.Module, run: Callable[[], object]) -> dict[nn.Linear, 
 
     Layers that are handed the same tensor, one right after the other, share theirs: the same object.
     """
-    largest: dict[nn.Linear, torch.Tensor] = {}
-    last: list[torch.Tensor] = []
+    largest: dict[nn.Linear, list[torch.Tensor]] = {}  # layers that share a scale share a list of one
+    last: list[Any] = []
 
     def look(linear: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
         assert isinstance(linear, nn.Linear)
         (x,) = inputs
         if not last or last[0] is not x:
-            last[:] = x, x.abs().amax().float()
+            shared = largest.get(linear, [])
+            shared[:] = [torch.stack([*shared, x.abs().amax().float()]).amax()]
+            last[:] = x, shared
         largest[linear] = last[1]
 
     hooks = [m.register_forward_pre_hook(look) for m in module.modules() if isinstance(m, nn.Linear)]
@@ -221,10 +224,10 @@ def calibrated(module: nn.Module, run: Callable[[], object]) -> dict[nn.Linear, 
         for hook in hooks:
             hook.remove()
     scales: dict[int, Scale] = {}
-    for value in {id(v): v for v in largest.values()}.values():
-        scale = HEADROOM * value.clamp(min=1e-12) / E4M3_MAX
-        scales[id(value)] = scale, 1 / scale
-    return {linear: scales[id(value)] for linear, value in largest.items()}
+    for shared in largest.values():
+        scale = HEADROOM * shared[0].clamp(min=1e-12) / E4M3_MAX
+        scales.setdefault(id(shared), (scale, 1 / scale))
+    return {linear: scales[id(shared)] for linear, shared in largest.items()}
 
 
 def replace_linears(

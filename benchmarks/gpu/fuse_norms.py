@@ -9,7 +9,8 @@ follow. Here they become one kernel,
     add_norm_to_e4m3    where h in turn is a sum that the norm alone does not use up, ``h = h0 + a`` or
                         ``h = (h0.float() + a * gate).type_as(h0)``
 
-and layers that quantize the same x share the result.
+and layers that quantize the same x share the result. What is written in place anywhere in the graph is left alone. The
+kernels have no gradients.
 """
 
 from __future__ import annotations
@@ -23,6 +24,8 @@ from quantize_rows import E4M3_MAX, MOST
 from torch import fx
 from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_files
 
+from fpscompile.passes.aliasing import base_of, mutates
+
 OPS = torch.ops.fps_bench
 CASTS = ("to", "type_as", "float")
 ADD = (operator.add, torch.add, "add")
@@ -34,12 +37,13 @@ class FuseNorms(CustomGraphPass):
 
     def __call__(self, graph: fx.Graph) -> None:
         known: dict[Any, fx.Node] = {}
+        written = {base_of(x) for node in graph.nodes if mutates(node) for x in node.all_input_nodes}
         for node in list(graph.find_nodes(op="call_method", target="to")):
             quantized = _quantized(node)
-            if quantized is None:
+            if quantized is None or base_of(quantized[0]) in written:
                 continue
             if quantized not in known:
-                known[quantized] = _fused(graph, node, *quantized)
+                known[quantized] = _fused(graph, node, *quantized, written)
             known[quantized].meta.update(node.meta)
             node.replace_all_uses_with(known[quantized])
             graph.erase_node(node)
@@ -62,15 +66,15 @@ def _quantized(node: fx.Node) -> tuple[fx.Node, Any] | None:
     return rows.args[0], inverse
 
 
-def _fused(graph: fx.Graph, node: fx.Node, x: fx.Node, inverse: Any) -> fx.Node:
+def _fused(graph: fx.Graph, node: fx.Node, x: fx.Node, inverse: Any, written: set[fx.Node]) -> fx.Node:
     """What takes the place of ``node``, which quantizes x; of the sum that a norm is of too, if x is one."""
     found = _modulated_norm(x)
-    if found is None:
+    if found is None or _meets(x, found[:3], written):
         with graph.inserting_before(node):
             return graph.call_function(OPS.to_e4m3.default, (x, inverse))
     h, factor, shift, eps = found
     parts = _sum(h)
-    if parts is None or not all(_hoisted(each, h) for each in (factor, shift)):
+    if parts is None or _meets(h, parts, written) or not all(_hoisted(each, h) for each in (factor, shift)):
         with graph.inserting_before(node):
             vectors = _scaled(graph, factor, shift, inverse)
             return graph.call_function(OPS.norm_to_e4m3.default, (h, *vectors, eps))
@@ -84,6 +88,18 @@ def _fused(graph: fx.Graph, node: fx.Node, x: fx.Node, inverse: Any) -> fx.Node:
     total.meta.update(h.meta)
     h.replace_all_uses_with(total)
     return values
+
+
+def _meets(x: fx.Node, ends: tuple[Any, ...], written: set[fx.Node]) -> bool:
+    """Whether something between ``ends`` and x, both among it, is written in place."""
+    seen: set[fx.Node] = set()
+    waiting = [x]
+    while waiting:
+        node = waiting.pop()
+        if node not in seen:
+            seen.add(node)
+            waiting += () if node in ends else node.all_input_nodes
+    return any(base_of(node) in written for node in seen)
 
 
 def _scaled(graph: fx.Graph, factor: fx.Node, shift: fx.Node, inverse: Any) -> list[fx.Node]:

@@ -80,6 +80,25 @@ def test_gelu_with_a_known_scale(layers: ModuleType, rows: int, n: int, bias: bo
     assert values[1, 0].double() == LARGEST
 
 
+def test_calibration_takes_the_largest_of_all_calls(layers: ModuleType) -> None:
+    """A layer that is called again, with less; two that share their input share its scale all the same."""
+    model = nn.ModuleDict({name: nn.Linear(4, 4) for name in ("q", "k", "out")})
+
+    def run() -> None:
+        for size in (1.0, 8.0, 2.0):
+            x = torch.full((3, 4), size)
+            model["q"](x)
+            model["k"](x)
+            model["out"](-3.0 * x)
+
+    scales = layers.calibrated(model, run)
+    assert scales[model["q"]] is scales[model["k"]]
+    for name, largest in (("q", 8.0), ("out", 24.0)):
+        scale, inverse = scales[model[name]]
+        torch.testing.assert_close(scale, torch.tensor(layers.HEADROOM * largest / LARGEST))
+        torch.testing.assert_close(inverse, 1 / scale)
+
+
 @pytest.mark.parametrize("static", [False, True], ids=["dynamic", "static"])
 def test_a_wan_block_keeps_its_results(layers: ModuleType, static: bool) -> None:
     """Every large layer is replaced, the feed-forward as a whole; the block's output moves by E4M3's rounding."""
@@ -176,6 +195,37 @@ def test_norms_of_a_wan_block_are_fused(layers: ModuleType) -> None:
     # Values may be rounded to E4M3 the other way, since the fused norm does not round to bfloat16 first.
     of_plain, of_fused = ((each - exact).norm() / (exact - x).norm() for each in (plain, found))
     assert 1e-4 < of_fused < 1.3 * of_plain < 0.1
+
+
+def test_what_is_written_in_place_is_not_fused(layers: ModuleType) -> None:
+    """The sum, or what is quantized, changes between the operations that a kernel would do at once."""
+    from fuse_norms import FuseNorms
+
+    factor, shift = torch.randn(2, 32, device=DEVICE).unbind()
+
+    def quantized(x: torch.Tensor) -> torch.Tensor:
+        inverse = torch.tensor(100.0, device=DEVICE)
+        return (x.reshape(-1, 32).float() * inverse).clamp(-LARGEST, LARGEST).to(torch.float8_e4m3fn).float()
+
+    def sum_grows(x: torch.Tensor, added: torch.Tensor) -> torch.Tensor:
+        h = x + added
+        h.add_(x)
+        norm = nn.functional.layer_norm(h.float(), (32,))
+        return quantized((norm * factor + shift).type_as(h))
+
+    def twice(x: torch.Tensor, added: torch.Tensor) -> torch.Tensor:
+        first = quantized(x)
+        x.add_(added)
+        return first + quantized(x)
+
+    for function in (sum_grows, twice):
+        x, added = torch.randn(2, 2, 3, 32, device=DEVICE).bfloat16().unbind()
+        torch._dynamo.reset()
+        options = {"pre_grad_custom_pass": FuseNorms(), "fx_graph_cache": False}
+        with repaired_interpreter():
+            found = torch.compile(function, options=options)(x.clone(), added)
+        expected = function(x.clone(), added)
+        assert (found - expected).norm() < 0.03 * expected.norm()  # Inductor keeps float32, so a value may round over
 
 
 def test_other_norms_are_left_alone(layers: ModuleType) -> None:
