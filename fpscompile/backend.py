@@ -340,10 +340,28 @@ def _inductor(options: dict[str, Any], mode: str | None) -> Callable[[fx.GraphMo
         patches[name] = value
 
     def inductor(gm: fx.GraphModule, inputs: list[Any]) -> Compiled:
-        compiled: Any = compile_fx.compile_fx(gm, inputs, config_patches=patches or None)
+        compiled: Any = compile_fx.compile_fx(gm, inputs, config_patches={**_kept_buffers(gm), **patches} or None)
         return compiled  # type: ignore[no-any-return]
 
     return inductor
+
+
+def _kept_buffers(gm: fx.GraphModule) -> dict[str, Any]:
+    """Inductor's option that frees buffers as soon as they are read, for graphs whose attention runs on a GPU.
+
+    By default Inductor keeps a buffer for a later one of its size where it expects a higher peak elsewhere. It does not
+    see the buffers that attention allocates inside, and overrates elementwise operations that it then does in place: in
+    Wan it kept the blocks' normalized input through attention, the true peak. PyTorch's allocator for GPUs hands out
+    freed memory at once; on CPUs it would come as new pages, to be zeroed by the kernel, so there nothing changes.
+    """
+    graphs = (module.graph for module in gm.modules() if isinstance(module, fx.GraphModule))
+    attention = (node for graph in graphs for node in graph.nodes if node.target is torch.ops.fps.attention.default)
+    return {"allow_buffer_reuse": False} if any(_device_type(node) == "cuda" for node in attention) else {}
+
+
+def _device_type(node: fx.Node) -> str | None:
+    value = fake_tensor(node)
+    return value.device.type if value is not None else None
 
 
 def _check_cpp_compiler(gm: fx.GraphModule) -> None:

@@ -10,7 +10,7 @@ import torch
 from models.handwritten import SPELLINGS, HandwrittenDiT
 from models.oracle import WindowedAttention, window_mask
 from models.zoo import TEXT, ZOO, output, wan
-from torch import nn
+from torch import fx, nn
 
 import fpscompile
 from fpscompile import Backend, Settings, cpp_build
@@ -215,6 +215,38 @@ def test_errors_surface_through_dynamo() -> None:
     assert "162 tokens" in failure(grid=(3, 6, 9)) or "the graph proves (3, 6, 10)" in failure(grid=(3, 6, 9))
     assert "no registered backend" in failure(inner="nonesuch")
     assert "not an option of Inductor" in failure(inner_options={"nonesuch": 1})
+
+
+@pytest.mark.parametrize("checkpointed", [False, True])
+def test_on_a_gpu_inductor_keeps_no_buffers_through_attention(
+    monkeypatch: pytest.MonkeyPatch, checkpointed: bool
+) -> None:
+    given: list[dict[str, Any]] = []
+
+    def compile_fx(gm: fx.GraphModule, inputs: list[Any], config_patches: dict[str, Any] | None) -> fx.GraphModule:
+        given.append(config_patches or {})
+        return gm
+
+    def sites_and_patches(**options: Any) -> tuple[int, dict[str, Any]]:
+        torch._dynamo.reset()
+        model = ZOO["wan"].build()
+        if checkpointed:
+            model.train()
+            model.enable_gradient_checkpointing()
+        fps = backend(inner="inductor", **options)
+        output(torch.compile(model, backend=fps, fullgraph=True), **ZOO["wan"].inputs())
+        return rewritten(fps), given.pop()
+
+    monkeypatch.setattr("torch._inductor.compile_fx.compile_fx", compile_fx)
+    sites, freed = ZOO["wan"].video_sites, {"allow_buffer_reuse": False}
+    assert sites_and_patches() == (sites, {})
+    monkeypatch.setattr("fpscompile.backend._device_type", lambda node: "cuda")
+    assert sites_and_patches() == (sites, freed)
+    assert sites_and_patches(inner_options={"freezing": False}) == (sites, freed | {"freezing": False})
+    own = {"allow_buffer_reuse": True}
+    assert sites_and_patches(inner_options=own) == (sites, own)
+    monkeypatch.setenv("FPS_DISABLE", "1")
+    assert sites_and_patches() == (0, {})
 
 
 def test_modes_are_inductors() -> None:
