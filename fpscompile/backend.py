@@ -356,10 +356,11 @@ def _kept_buffers(gm: fx.GraphModule) -> dict[str, Any]:
     """
     graphs = (module.graph for module in gm.modules() if isinstance(module, fx.GraphModule))
     attention = (node for graph in graphs for node in graph.nodes if node.target is torch.ops.fps.attention.default)
-    return {"allow_buffer_reuse": False} if any(_device_type(node) == "cuda" for node in attention) else {}
+    on_gpu = any(_device_type(query) == "cuda" for query in (node.args[0] for node in attention))
+    return {"allow_buffer_reuse": False} if on_gpu else {}
 
 
-def _device_type(node: fx.Node) -> str | None:
+def _device_type(node: Any) -> str | None:
     value = fake_tensor(node)
     return value.device.type if value is not None else None
 

@@ -14,6 +14,7 @@ from torch import fx, nn
 
 import fpscompile
 from fpscompile import Backend, Settings, cpp_build
+from fpscompile import backend as backend_module
 from fpscompile.errors import CompilerMissingError, GridError, OptionError, StrictError
 
 DENSE = {"quant": "none", "density": 1.0, "tile": (2, 2, 4), "inner": "eager", "lowering": "boxes"}
@@ -240,7 +241,8 @@ def test_on_a_gpu_inductor_keeps_no_buffers_through_attention(
     monkeypatch.setattr("torch._inductor.compile_fx.compile_fx", compile_fx)
     sites, freed = ZOO["wan"].video_sites, {"allow_buffer_reuse": False}
     assert sites_and_patches() == (sites, {})
-    monkeypatch.setattr("fpscompile.backend._device_type", lambda node: "cuda")
+    found = backend_module._device_type
+    monkeypatch.setattr(backend_module, "_device_type", lambda node: {"cpu": "cuda"}[found(node)])
     assert sites_and_patches() == (sites, freed)
     assert sites_and_patches(inner_options={"freezing": False}) == (sites, freed | {"freezing": False})
     own = {"allow_buffer_reuse": True}
