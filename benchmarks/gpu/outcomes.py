@@ -168,8 +168,8 @@ run: cards differ by more than the changes):
 | that, and the next keys waited for early: the kernel as it is | 28.4, 28.8, 28.7, 28.8 | 28.9, 28.9, 29.3, 29.8 |
 | eleven heads at a time, not ten: 182 rounds of programs, not 184 | 28.3, 28.6, 28.8, 28.5 | 28.6, 28.5, 28.8, 29.0 |
 
-Outputs are the same to the bit. Eleven heads' FP8 copies take 28 MiB more than ten's; whole steps of Wan 14B do not
-notice: their peak is where queries and keys are rotated. What did not pay, against the kernel before:
+Outputs are the same to the bit. Eleven heads' FP8 copies take 28 MiB more than ten's. What did not pay, against the
+kernel before:
 
 | change | with it | the kernel before |
 |---|---|---|
@@ -192,13 +192,20 @@ NAMED = {
     "attention to the text and, without fps, to the video (SDPA)": lambda name: "sdpa" in name and "triton" not in name,
     "products of linear layers": lambda name: name.startswith("nvjet"),
     "GELU, with FP8 also the quantization of its result": lambda name: "triton" in name and "gelu" in name,
-    "quantization by rows, that of GELU's result among it": lambda name: name == "quantize_rows_in_registers",
-    "the blocks' other Inductor kernels: norms, rotary embedding, residuals, quantization": lambda name: (
+    "quantization, that of GELU's result among it": lambda name: (
+        name in ("quantize_rows_in_registers", "values_of_rows")
+    ),
+    "norms, gated sums before them inside, into E4M3": lambda name: name == "norm_of_rows",
+    "norm and rotary embedding of queries and keys, with fps": lambda name: name == "rotate_rows",
+    "the blocks' other Inductor kernels: norms, residuals, quantization, without fps rotary embedding": lambda name: (
         name.startswith("triton")
     ),
     "outside the blocks: patches, time and text embedding, last norm; copies": lambda name: True,
 }
 """What a profile's kernels are, by name; the first that holds."""
+
+REUSED = {"fps": 4832.8, "fps, fp8 linears": 4463.9}
+"""MiB of the peak with Inductor's ``allow_buffer_reuse``, in a run of its own."""
 
 
 def load(name: str) -> dict[str, Any]:
@@ -292,7 +299,7 @@ def bound(report: dict[str, Any], profile: dict[str, Any], model: dict[str, Any]
     """What the step could gain at most if attention reached the paper's figure and the rest cost nothing."""
     base = next(row["ms"] for row in model["rows"] if row["variant"] == "inductor")
     dense = min(row["ms"] for row in report["rows"] if row["case"] == CASE and "tile" not in row)
-    kernels = profile["variants"]["fps, fp8 linears"]
+    kernels = profile["variants"]["fps, static fp8 linears"]
     linear = sum(row["ms"] for row in kernels if NAMED["products of linear layers"](row["kernel"]))
     linear *= BLOCKS / profile["layers"]
     attention = BLOCKS * dense / PAPER_KERNEL
@@ -316,16 +323,23 @@ def model_table(model: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def memory(model: dict[str, Any]) -> str:
-    """Where attention alone and Inductor peak."""
+def memory(model: dict[str, Any], profile: dict[str, Any]) -> str:
+    """Where Inductor, attention alone and FP8 linear layers peak, and why."""
     peaks = {row["variant"]: row["peak_mib"] for row in model["rows"]}
-    more = peaks["fps"] - peaks["inductor"]
+    below = {variant: f"{1 - peak / peaks['inductor']:.1%}" for variant, peak in peaks.items()}
+    rows = {kernel["kernel"]: kernel["ms"] / profile["layers"] for kernel in profile["variants"]["fps"]}
+    dense = {kernel["kernel"]: kernel["ms"] / profile["layers"] for kernel in profile["variants"]["inductor"]}
+    own = next(ms for kernel, ms in dense.items() if "rms_norm_add_copy" in kernel)
     return (
-        f"Attention alone peaks {more:.2f} MiB ({more / peaks['inductor']:.3%}) above Inductor, where queries and keys "
-        f"are rotated: the size of two float32 vectors of {TOKENS:,} rows, as the norms of both are. Inductor's own "
-        f"kernel for it, which holds them in registers, takes 3.3 ms per block, the two that the rewritten rotary "
-        f"embedding became 1.5. `fps::norm_rotate` has since taken their place: queries are rotated before keys are "
-        f"projected, so that one large tensor less is alive. No GPU has run that yet."
+        f"Inductor peaks where it rotates queries and keys: six tensors of all tokens are alive, the block's input, "
+        f"the normalized one, and queries and keys before and after. Attention alone peaks {below['fps']} below that, "
+        f"in the feed-forward layers; with FP8 linear layers the peak is {below['fps, static fp8 linears']} below, "
+        f"within attention. Two things make it so. `fps::norm_rotate` is norm and rotary embedding as one kernel; "
+        f"queries are then rotated before keys are projected, and a block takes {rows['rotate_rows']:.2f} ms for it, "
+        f"Inductor's own kernel {own:.2f}. And Inductor is told to free buffers as soon as they are read: otherwise it "
+        f"kept the normalized input through attention, for the next buffer of its size, and peaks were "
+        f"{REUSED['fps']:,.1f} MiB with attention alone and {REUSED['fps, fp8 linears']:,.1f} with dynamic scales, at "
+        f"the same speed."
     )
 
 
@@ -377,16 +391,15 @@ tile 7x9x4, density 0.2: 576 and 682.
 {MAXIMA}
 ## What a step is made of
 
-Kernels of one step of Wan 14B at 720p (attention as it was with running maxima), cut to {profile["layers"]} blocks,
-tile 7x9x4, density 0.2, each column of a run of its own, on a {profile["machine"]["gpu"]}
-(`benchmarks/gpu/profile_model.py`):
+Kernels of one step of Wan 14B at 720p, cut to {profile["layers"]} blocks, tile 7x9x4, density 0.2, all columns of one
+run, on a {profile["machine"]["gpu"]} (`benchmarks/gpu/profile_model.py`):
 
 {step_table(profile)}
 
-Linear layers with static scales (`benchmarks/gpu/fp8_linear.py`) came later. Their norms, with the sum before, go into
+Linear layers with static scales are those of `benchmarks/gpu/fp8_linear.py`. Their norms, with the sum before, go into
 the quantization (`fuse_norms.py`), as one kernel: 0.50 ms without a sum and 0.82 with a gated one, for 75,600 rows of
 5,120 features, where Inductor's three loops took 1.03, 1.13 and 1.28 in the three places, and stored what queries, keys
-and values share three times. Their products are about 3 % faster, most so where 13,824 features go in (below).
+and values share three times.
 
 The linear layers' products by themselves, TFLOP/s, {TOKENS:,} rows:
 
@@ -399,7 +412,7 @@ for:
 
 {model_table(model)}
 
-{memory(model)}
+{memory(model, profile)}
 """
     )
 

@@ -93,7 +93,9 @@ def kernels(variant: str, density: float) -> list[dict[str, Any]]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--variants", nargs="+", default=["inductor", "fps, fp8 linears"])
+    parser.add_argument(
+        "--variants", nargs="+", default=["inductor", "fps", "fps, fp8 linears", "fps, static fp8 linears"]
+    )
     parser.add_argument("--density", type=float, default=0.2, help="of the rows with fps")
     parser.add_argument("--json", default=None)
     options = parser.parse_args()
