@@ -340,13 +340,13 @@ def _inductor(options: dict[str, Any], mode: str | None) -> Callable[[fx.GraphMo
         patches[name] = value
 
     def inductor(gm: fx.GraphModule, inputs: list[Any]) -> Compiled:
-        compiled: Any = compile_fx.compile_fx(gm, inputs, config_patches={**_kept_buffers(gm), **patches} or None)
+        compiled: Any = compile_fx.compile_fx(gm, inputs, config_patches={**_memory_options(gm), **patches} or None)
         return compiled  # type: ignore[no-any-return]
 
     return inductor
 
 
-def _kept_buffers(gm: fx.GraphModule) -> dict[str, Any]:
+def _memory_options(gm: fx.GraphModule) -> dict[str, Any]:
     """Inductor's option that frees buffers as soon as they are read, for graphs whose attention runs on a GPU.
 
     By default Inductor keeps a buffer for a later one of its size where it expects a higher peak elsewhere. It does not

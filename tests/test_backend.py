@@ -11,6 +11,7 @@ from models.handwritten import SPELLINGS, HandwrittenDiT
 from models.oracle import WindowedAttention, window_mask
 from models.zoo import TEXT, ZOO, output, wan
 from torch import fx, nn
+from torch._inductor import config as inductor_config
 
 import fpscompile
 from fpscompile import Backend, Settings, cpp_build
@@ -240,6 +241,7 @@ def test_on_a_gpu_inductor_keeps_no_buffers_through_attention(
 
     monkeypatch.setattr("torch._inductor.compile_fx.compile_fx", compile_fx)
     sites, freed = ZOO["wan"].video_sites, {"allow_buffer_reuse": False}
+    assert freed.keys() <= inductor_config.get_config_copy().keys()
     assert sites_and_patches() == (sites, {})
     found = backend_module._device_type
     monkeypatch.setattr(backend_module, "_device_type", lambda node: {"cpu": "cuda"}[found(node)])
