@@ -56,14 +56,23 @@ calls `.tolist()` on a tensor of sizes, once for a block or for q and for k, whi
 REASONS = """
 ## Reasons
 
-| code | meaning |
+The report has the sentence and the value for each.
+
+| code | meaning, and what helps |
 |---|---|
-| `kind` | spatial, temporal or cross attention, or a text encoder's: no 3D attention |
-| `mask` | a full mask [queries, keys], such as causal blocks of frames: only key masks combine with a window |
+| `kind` | spatial, temporal or cross attention, or a text encoder's: no 3D attention, nothing to do |
 | `no-grid` | nothing shows (t, h, w): give `options["grid"]` or use `fpscompile.attach` |
-| `grid-mismatch` | a rotary table shows another order of tokens, or another grid, than the one that was told |
-| `token-order` | tokens are not in row-major (t, h, w) order |
-| `segments` | keys and values, or queries, are not the video's tokens as a whole |
+| `grid-mismatch` | a table of positions shows another order or grid than the one that was told: tell the tokens' own |
+| `token-order` | tokens are not in row-major (t, h, w) order: flatten the video so |
+| `segments` | keys and values, or queries, are not all of the video's tokens: call attention on all of them at once |
+| `dropout` | attention dropout: train with dropout 0, or call `model.eval()` |
+| `causal` | causal attention is not full 3D attention: pass `is_causal=False` if the model does not mean it |
+| `mask` | a full mask [queries, keys], such as causal blocks of frames: only key masks combine with a window |
+| `dtype` | q, k and v differ in dtype, or it is not supported: cast to float32, bfloat16, float16 or float64 |
+| `layout` | q, k, v are not [batch, heads, tokens, features] of matching batch and heads: reshape or expand them |
+| `spelling` | not quite attention (soft cap, sinks, weights that are read): use `scaled_dot_product_attention` |
+| `subgraph` | inside an op that is not looked into: compile the blocks; or a `torch.func` transform: put it outside |
+| `disabled` | `FPS_DISABLE` is set: unset it |
 
 A grid from a rotary table is read anew at each call. Capture flags are attributes of `torch._dynamo.config`, to be
 set before the first call.

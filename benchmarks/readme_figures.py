@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from statistics import geometric_mean as geomean
 from typing import Any
@@ -16,6 +17,8 @@ ROOT = Path(__file__).resolve().parents[1]
 START, END = "<!-- figures:start -->", "<!-- figures:end -->"
 
 Row = tuple[str, str, str]
+Reports = dict[str, dict[str, Any]]
+"""What JSON files of one machine hold, by name."""
 
 
 def attention(report: dict[str, Any]) -> list[Row]:
@@ -309,34 +312,69 @@ SECTIONS = {
     "compile_time": compile_time,
 }
 
+BY_HAND = {
+    "attention_cpu_vnni": "float32 int8",
+    "attention_cpu_no_amx": "float32 bfloat16 int8 --flex",
+}
+"""Files of ``attention_cpu.py`` that no line of ``make bench`` writes: their precisions and further options."""
+
 
 def block(results: Path) -> str:
     """The generated Markdown, without its markers: a table for each machine."""
-    cpu = "on a CPU", SECTIONS, "{threads} threads of {processor}, {cpu_capability}", "make bench"
-    gpu = "on a GPU", GPU_SECTIONS, "one {gpu}, torch {torch}, Triton {triton}", "benchmarks/gpu"
+    cpu = "on a CPU", SECTIONS, ("threads", "processor", "cpu_capability"), _on_cpu
+    gpu = "on a GPU", GPU_SECTIONS, ("gpu", "torch", "triton"), _on_gpu
     tables = [table for place in (cpu, gpu) for table in _tables(results, *place)]
     return "\n\n".join(tables) or "No benchmark has been run yet: `make bench`."
 
 
-def _tables(results: Path, where: str, sections: dict[str, Any], machine: str, command: str) -> list[str]:
-    rows: dict[str, list[Row]] = {}
-    for name, section in sections.items():
+def _tables(
+    results: Path, where: str, sections: dict[str, Any], machine: tuple[str, ...], origin: Callable[[Reports], str]
+) -> list[str]:
+    machines: dict[tuple[Any, ...], Reports] = {}
+    for name in sections:
         path = results / f"{name}.json"
         if path.exists():
             report = json.loads(path.read_text())
-            rows.setdefault(machine.format_map(report["machine"]), []).extend(section(report))
+            machines.setdefault(tuple(report["machine"][key] for key in machine), {})[name] = report
     return [
         "\n".join(
             [
                 f"| {where} | measured | aim |",
                 "|---|---|---|",
-                *(f"| {' | '.join(row)} |" for row in some),
+                *(f"| {' | '.join(row)} |" for name, report in reports.items() for row in sections[name](report)),
                 "",
-                f"Measured on {name}. Regenerate with `{command}`.",
+                origin(reports),
             ]
         )
-        for name, some in rows.items()
+        for reports in machines.values()
     ]
+
+
+def _on_cpu(reports: Reports) -> str:
+    """The machine of a table, and how to make it again."""
+    machine = next(iter(reports.values()))["machine"]
+    plural = "" if machine["threads"] == 1 else "s"
+    isa = f", under `ONEDNN_MAX_CPU_ISA={machine['onednn_max_cpu_isa']}`" if "onednn_max_cpu_isa" in machine else ""
+    alone = "".join(
+        f" (attention alone: `python benchmarks/attention_cpu.py --lowering cpp --density 1.0 0.25 0.1 "
+        f"--precision {BY_HAND[name]} --json benchmarks/results/{name}.json`)"
+        for name in reports
+        if name in BY_HAND
+    )
+    return (
+        f"Measured on {machine['threads']} thread{plural} of {machine['processor']}, {machine['cpu_capability']}. "
+        f"Regenerate on such a machine with these rows' lines of `make bench`{alone}{isa}."
+    )
+
+
+def _on_gpu(reports: Reports) -> str:
+    machine = next(iter(reports.values()))["machine"]
+    counts = sorted({row.get("gpus", 1) for report in reports.values() for row in report["rows"]} - {1})
+    several = "".join(f", the rows that name {count} GPUs on {count} of one host" for count in counts)
+    return (
+        f"Measured on one {machine['gpu']}{several}; torch {machine['torch']}, Triton {machine['triton']}. Regenerate "
+        "with the scripts in `benchmarks/gpu`."
+    )
 
 
 def fill(text: str, content: str) -> str:

@@ -1,4 +1,5 @@
-"""Every mistake a user can make, one class each. A message names the value, the place and the remedy."""
+"""Mistakes that a user can make, one class each; those of a single feature stand beside it, such as
+:class:`fpscompile.calibrate.CalibrationError`. A message names the value, the place and the remedy."""
 
 from __future__ import annotations
 

@@ -191,7 +191,7 @@ NAMED = {
     "FP8 pre-pass": lambda name: name in ("quantize_tiles", "quantize_values", "key_statistics", "tile_maxima"),
     "attention to the text and, without fps, to the video (SDPA)": lambda name: "sdpa" in name and "triton" not in name,
     "products of linear layers": lambda name: name.startswith("nvjet"),
-    "GELU, with FP8 also the quantization of its result": lambda name: "triton" in name and "gelu" in name,
+    "GELU (with FP8 in the next row)": lambda name: "triton" in name and "gelu" in name,
     "quantization, that of GELU's result among it": lambda name: (
         name in ("quantize_rows_in_registers", "values_of_rows")
     ),
@@ -323,6 +323,27 @@ def model_table(model: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def two_gpus(two: dict[str, Any], one: dict[str, Any]) -> str:
+    """The same steps on two GPUs, and how much faster than on one."""
+    seconds = {(row["variant"], row["density"]): row["ms"] for row in one["rows"]}
+    gains = {row["variant"]: seconds[row["variant"], row["density"]] / row["ms"] for row in reversed(two["rows"])}
+    least, most = (f"{of(gains[name] for name in gains if name != 'inductor'):.2f}" for of in (min, max))
+    return (
+        f"The same on {two['rows'][0]['gpus']} GPUs of one host, which share the tokens of a step (Ulysses). At "
+        f"density 0.2 fps is {least} to {most} times as fast as on one, Inductor {gains['inductor']:.2f} times:\n\n"
+        f"{model_table(two)}"
+    )
+
+
+def means(report: dict[str, Any]) -> str:
+    """What ``remainder="means"`` costs, in one sentence."""
+    ratios = (f"{row['ratio']:.2f} (tile {text_of(row['tile'])}, density {row['density']:g})" for row in report["rows"])
+    return (
+        f'`remainder="means"` (`benchmarks/gpu/remainder_gpu.py`): time of FP8 attention of {report["rows"][0]["case"]}'
+        f" with it over that without: {', '.join(ratios)}."
+    )
+
+
 def memory(model: dict[str, Any], profile: dict[str, Any]) -> str:
     """Where Inductor, attention alone and FP8 linear layers peak, and why."""
     peaks = {row["variant"]: row["peak_mib"] for row in model["rows"]}
@@ -413,6 +434,10 @@ for:
 {model_table(model)}
 
 {memory(model, profile)}
+
+{two_gpus(load("model_two_gpus"), model)}
+
+{means(load("remainder_gpu"))}
 """
     )
 
