@@ -22,8 +22,8 @@ from fpscompile.windows import AnyWindow, TileSets, View
 Config = TypeVar("Config")
 
 P_SCALE = 256.0
-"""P = 2^(S - running max, rounded up) lies in [0, 1] and is multiplied by this before its cast to E4M3. A power of two,
-so the scaling itself is exact; it cancels in ``acc / l``. (The paper uses 448.)"""
+"""P = 2^(S - m), m a whole number near the row's maximum (:mod:`fpscompile.kernel_spec`), is multiplied by this before
+its cast to E4M3. A power of two, so the scaling itself is exact; it cancels in ``acc / l``. (The paper uses 448.)"""
 
 BLOCK_N = 128
 """Default number of key slots per rounding block of P; see :class:`~fpscompile.kernel_spec.KernelSpec`."""
