@@ -44,8 +44,9 @@ def _norm_rotate(
         return reference(x, weight, eps, cos, sin)
     from fpscompile.gpu import rotary_kernel
 
+    x = x if x.stride(-1) == 1 else x.contiguous()
     with launching(x.device):
-        return rotary_kernel.rotate(x if x.stride(-1) == 1 else x.contiguous(), weight, eps, cos, sin)
+        return rotary_kernel.rotate(x, None if weight is None else weight.contiguous(), eps, cos, sin)
 
 
 def _check(x: torch.Tensor, weight: torch.Tensor | None, cos: torch.Tensor, sin: torch.Tensor) -> None:

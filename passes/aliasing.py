@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import functools
+import inspect
+import operator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
 from torch import fx
 
-from fpscompile.passes.base import fake_tensor, target_name, words
+from fpscompile.passes.base import argument, fake_tensor, target_name, words
 
 IN_PLACE = words("add sub mul truediv floordiv pow mod matmul and or xor lshift rshift")
 
@@ -35,10 +38,71 @@ def mutates(node: fx.Node) -> bool:
         return any(schema.is_mutable for schema in schemas(node.target))
     if name == "triton_kernel_wrapper_mutation":
         return True
+    if isinstance(node.target, torch._ops.HigherOrderOperator):
+        return any(_writes_operand(body) for body in _bodies(node))
     if name == "setitem" or (name.endswith("_") and not name.endswith("__")) or node.kwargs.get("out") is not None:
         return True
     in_place = node.op == "call_function" and getattr(node.target, "__module__", "") == "_operator"
-    return (in_place and name.startswith("i") and name[1:] in IN_PLACE) or node.kwargs.get("inplace") is True
+    return (in_place and name.startswith("i") and name[1:] in IN_PLACE) or _asked_in_place(node)
+
+
+def _asked_in_place(node: fx.Node) -> bool:
+    """Whether ``inplace`` is set, by name or, as the modules of ``torch.nn`` do, by position."""
+    position = _position_of_inplace(node.target) if node.op == "call_function" else None
+    given = node.args[position] if position is not None and len(node.args) > position else False
+    return node.kwargs.get("inplace", given) is not False
+
+
+@functools.lru_cache(maxsize=1024)
+def _position_of_inplace(target: Any) -> int | None:
+    try:
+        return list(inspect.signature(target).parameters).index("inplace")
+    except (TypeError, ValueError):
+        return None
+
+
+def _bodies(node: fx.Node) -> Iterator[fx.Graph]:
+    """The graphs that a higher-order op runs."""
+    for operand in node.all_input_nodes:
+        if operand.op == "get_attr" and node.graph.owning_module is not None:
+            body = operator.attrgetter(str(operand.target))(node.graph.owning_module)
+            if isinstance(body, fx.GraphModule):
+                yield body.graph
+
+
+def _writes_operand(body: fx.Graph) -> bool:
+    """Whether a body writes into what it is given, and not only into tensors of its own."""
+    given = [node for node in body.nodes if node.op in ("placeholder", "get_attr")]
+    memory = {memory_of(node) for node in given} - {None}
+    return any(
+        base_of(target) in given or memory_of(target) in memory
+        for node in body.nodes
+        if mutates(node)
+        for target in targets_of(node)
+    )
+
+
+def targets_of(node: fx.Node) -> Iterator[fx.Node]:
+    """The tensors that a node for which :func:`mutates` holds writes."""
+    given: list[Any]
+    if node.kwargs.get("out") is not None:
+        given = [node.kwargs["out"]]
+    elif isinstance(node.target, (torch._ops.OpOverload, torch._ops.OpOverloadPacket)):
+        given = []
+        for schema in schemas(node.target):
+            for position, each in enumerate(schema.arguments):
+                if each.alias_info is not None and each.alias_info.is_write:
+                    given.append(argument(node, position, each.name))
+    elif isinstance(node.target, torch._ops.HigherOrderOperator):
+        given = list(node.all_input_nodes)
+    else:
+        given = [node.args[0] if node.args else node.kwargs.get("input")]
+    seen = set()
+    for item in given:
+        for target in item if isinstance(item, (tuple, list)) else (item,):
+            if isinstance(target, fx.Node) and fake_tensor(target) is not None and target not in seen:
+                seen.add(target)
+                yield target
 
 
 def schemas(target: torch._ops.OpOverload | torch._ops.OpOverloadPacket) -> list[Any]:
@@ -61,15 +125,31 @@ def base_of(node: Any) -> Any:
     return node
 
 
+def memory_of(node: Any) -> int | None:
+    """What stands for the memory that a node's fake value shares with its views, whatever op made them."""
+    value = fake_tensor(node)
+    try:
+        return None if value is None else int(value.untyped_storage()._cdata)
+    except (NotImplementedError, RuntimeError):  # a sparse tensor, or one of a functorch transform
+        return None
+
+
+def share_memory(a: Any, b: Any) -> bool:
+    """Whether two nodes may be of the same memory."""
+    memory = memory_of(a)
+    return base_of(a) is base_of(b) or (memory is not None and memory == memory_of(b))
+
+
 def written_between(first: fx.Node, last: fx.Node, tensors: Iterable[Any], own: Iterable[fx.Node]) -> fx.Node | None:
     """A node strictly between two nodes, not one of ``own``, that may write into one of ``tensors``."""
-    bases = {base_of(tensor) for tensor in tensors if isinstance(tensor, fx.Node)}
+    read = [tensor for tensor in tensors if isinstance(tensor, fx.Node)]
+    bases, memory = {base_of(tensor) for tensor in read}, {memory_of(tensor) for tensor in read} - {None}
     owned = set(own)
     node = first.next
     while node is not last and node.op != "root":
         if node not in owned and mutates(node):
             targets = [arg for arg in node.all_input_nodes if fake_tensor(arg) is not None]
-            if any(base_of(target) in bases for target in targets):
+            if any(base_of(target) in bases or memory_of(target) in memory for target in targets):
                 return node
         node = node.next
     return None

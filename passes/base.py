@@ -261,7 +261,7 @@ def target_name(node: fx.Node) -> str:
         return f"hop::{target.name()}"
     name = getattr(target, "__name__", str(target))
     module = getattr(target, "__module__", None) or ""
-    known = module.startswith(("torch", "_operator", "operator", "builtins")) or module == ""
+    known = module.partition(".")[0] in ("torch", "_operator", "operator", "builtins", "")
     return str(name) if known else f"{module}::{name}"
 
 

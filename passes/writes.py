@@ -8,16 +8,15 @@ of which nothing is known. Views that were taken before are of the tensor as it 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import fx
 
-from fpscompile.passes.aliasing import base_of, schemas
+from fpscompile.passes.aliasing import base_of, share_memory, targets_of
 from fpscompile.passes.axes import Axis, Label, fresh, leaves, sources
 from fpscompile.passes.axis_rules import RULES, keeps_positions
-from fpscompile.passes.base import argument, fake_tensor, fake_value, size_of, target_name, words
+from fpscompile.passes.base import fake_tensor, fake_value, size_of, target_name, words
 from fpscompile.passes.place_rules import index_label
 
 if TYPE_CHECKING:
@@ -73,7 +72,7 @@ def written(tracer: Tracer, node: fx.Node) -> None:
     name = target_name(node)
     if name in IN_ORDER or (name != "copy_" and keeps_positions(name) and node.kwargs.get("out") is None):
         return
-    for target in _targets(node):
+    for target in targets_of(node):
         tracer.reads[target] = tracer.reads.get(target, 0) | tracer.reads.get(node, 0)
         result = fake_tensor(node)
         base = base_of(target)
@@ -92,35 +91,11 @@ def written(tracer: Tracer, node: fx.Node) -> None:
             _settle(tracer, target, _unknown(tracer, target, node.name))
 
 
-def _targets(node: fx.Node) -> Iterator[fx.Node]:
-    """The tensors that a node writes."""
-    given: list[Any]
-    if node.kwargs.get("out") is not None:
-        given = [node.kwargs["out"]]
-    elif isinstance(node.target, (torch._ops.OpOverload, torch._ops.OpOverloadPacket)):
-        given = []
-        for schema in schemas(node.target):
-            for position, each in enumerate(schema.arguments):
-                if each.alias_info is not None and each.alias_info.is_write:
-                    given.append(argument(node, position, each.name))
-    elif isinstance(node.target, torch._ops.HigherOrderOperator):
-        given = list(node.all_input_nodes)
-    else:
-        given = [node.args[0] if node.args else node.kwargs.get("input")]
-    seen = set()
-    for item in given:
-        for target in item if isinstance(item, (tuple, list)) else (item,):
-            if isinstance(target, fx.Node) and fake_tensor(target) is not None and target not in seen:
-                seen.add(target)
-                yield target
-
-
 def _settle(tracer: Tracer, target: fx.Node, label: Label) -> None:
     """``target`` is made of ``label`` from now on; what shares its memory, of nothing known, if that is news."""
     if label == tracer.label(target):
         return
-    base = base_of(target)
-    for node in [node for node in tracer.labels if node is not target and base_of(node) is base]:
+    for node in [node for node in tracer.labels if node is not target and share_memory(node, target)]:
         tracer.labels[node] = _unknown(tracer, node, f"{node.name} written")
     tracer.labels[target] = label
 

@@ -52,6 +52,8 @@ def test_strides_and_a_table_per_sample() -> None:
     checked(x, weight, *tables(2, 7, 16))
     checked(wide[0, ..., ::3], weight[:32], *tables(2, 7, 16))  # [2, 7, 32], its values three apart
     checked(x, weight, tables(1, 7, 16)[0], tables(2, 7, 16)[1])  # one for all samples, and one for each
+    checked(x, weight.repeat_interleave(2)[::2], *tables(1, 7, 16))
+    checked(x, weight[:1].expand(64), *tables(1, 7, 16))
 
 
 def test_no_tokens() -> None:

@@ -191,6 +191,24 @@ def source_changes(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> tor
     return out
 
 
+def source_changes_in_place(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    out = torch.zeros_like(x)
+    half = x[..., 0::2] - 1.0
+    out[..., 0::2] = half
+    torch.nn.functional.elu(half, 1.0, True)
+    out[..., 1::2] = x[..., 1::2]
+    return out
+
+
+def source_changes_through_a_view(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    out = torch.zeros_like(x)
+    half = x[..., 0::2] - 1.0
+    out[..., 0::2] = half
+    half.sum_to_size(*half.shape).mul_(2.0)
+    out[..., 1::2] = x[..., 1::2]
+    return out
+
+
 def written_later(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
     out = torch.zeros_like(x)
     out[..., 0::2] = x[..., 0::2]
@@ -239,8 +257,9 @@ def gradients_off_between(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor)
 @pytest.mark.parametrize(
     "rotary",
     [
-        one_missing, one_twice, read_between, from_itself, seen_through_a_view, source_changes, written_later,
-        other_strides, odd_size, a_given_tensor, whole_numbers, gradients_off_between,
+        one_missing, one_twice, read_between, from_itself, seen_through_a_view, source_changes,
+        source_changes_in_place, source_changes_through_a_view, written_later, other_strides, odd_size, a_given_tensor,
+        whole_numbers, gradients_off_between,
     ],
 )  # fmt: skip
 def test_what_is_not_provably_the_same_stays(rotary: Rotary) -> None:
