@@ -143,7 +143,7 @@ class ResolvedPlan:
         if not isinstance(window, tuple):
             raise UnsupportedError(
                 f"lowering 'boxes' serves products of the axes (sliding windows, dense, spatial and temporal bands), "
-                f"and window {window.text!r} is none: use lowering='gather', 'cpp', 'triton' or 'auto'"
+                f"and window {window.text!r} is none: use lowering='gather' or 'auto'"
             )
         return window
 

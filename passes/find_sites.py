@@ -369,6 +369,19 @@ def _check_option_grid(state: GraphState) -> None:
                     f"options['grid']={grid} but the graph proves {proven} at {site.node}: drop the option, "
                     "the grid needs no telling here"
                 )
+        if site.table is not None:
+            table, shown = site.table[0], tuple(size.hint for size in site.grid or ())
+            if shown != grid:
+                raise GridError(
+                    f"options['grid']={grid}, but the values of {table.name}, a table of the tokens' positions, prove "
+                    f"{shown} at {site.node}: drop the option, the grid of every call is read from its table"
+                )
+            state.note(
+                "info",
+                "grid-from-table",
+                f"options['grid'] is not needed at {site.node}: the values of {table.name}, a table of the tokens' "
+                "positions, prove the same, and at run time the grid of every call is read from its table",
+            )
     if not any(site.kind == "3d" for site in state.sites):
         tokens = grid[0] * grid[1] * grid[2]
         for site in state.sites:

@@ -8,6 +8,7 @@ with the compile.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from dataclasses import dataclass
 
 import torch
@@ -23,8 +24,22 @@ from fpscompile.overrides import stacked
 from fpscompile.passes.base import GraphState, fake_tensor, size_of
 from fpscompile.passes.layers import place
 from fpscompile.plan import Plan, ResolvedPlan, resolve
+from fpscompile.ranges import Ranges
 from fpscompile.schedule import Schedule
-from fpscompile.windows import of_heads, per_head
+from fpscompile.settings import Timestep
+from fpscompile.windows import (
+    AnyWindow,
+    Heads,
+    Pattern,
+    Sliding,
+    TopK,
+    density,
+    of_heads,
+    on_grid,
+    pattern_of,
+    per_head,
+)
+from fpscompile.windows.base import walk
 
 INT8_LOWERINGS = ("cpp", "reference")
 
@@ -43,9 +58,10 @@ class PlanSites:
                 continue
             plan = tuned_plan(site, plan_for(site, state), state)
             resolved = resolved_plan(site, plan)
-            _note_clamps(state, plan, resolved)
-            _note_apart(state, plan, resolved)
+            _note_clamps(state, resolved)
+            _note_apart(state, resolved)
             _note_gradients(state, site, plan)
+            _note_unused(state, plan)
             state.plans[site.node] = plan
         return False
 
@@ -117,8 +133,11 @@ def _lowering(site: AttentionSite, plan: Plan, state: GraphState) -> str:
     # Heads may have one window on this grid and several on the next.
     product = resolved.product and not any(phase.window is not None and per_head(phase.window) for phase in plan.phases)
     if asked == "boxes":
-        for phase in range(len(resolved.windows)):
-            resolved.product_window(phase)
+        try:
+            for phase in range(len(resolved.windows)):
+                resolved.product_window(phase)
+        except UnsupportedError as error:
+            raise UnsupportedError(f"{site.node}: {error}") from None
     generated = "cpp" if query.device.type == "cpu" else "triton"
     if asked not in ("auto", "cpp", "triton"):
         return asked
@@ -140,7 +159,8 @@ def _lowering(site: AttentionSite, plan: Plan, state: GraphState) -> str:
         return generated
     fallback = "gather" if plan.quant == "fp8" or not product else "boxes"
     if asked != "auto":
-        raise UnsupportedError(f"lowering={asked!r} cannot run {site.node}: {reason}; use {fallback!r} or 'auto'")
+        remedy = "use 'auto', or quant='none'" if plan.quant == "int8" else f"use {fallback!r} or 'auto'"
+        raise UnsupportedError(f"lowering={asked!r} cannot run {site.node}: {reason}; {remedy}")
     exact = ", without quantization," if plan.quant == "int8" else ""
     state.note("info", "lowering", f"lowering {fallback!r}{exact} in place of the faster {generated!r}: {reason}")
     return fallback
@@ -175,16 +195,81 @@ def conservative_phase(site: AttentionSite, state: GraphState, resolved: Resolve
     return max(range(count), key=lambda phase: (sum(resolved.densities[phase::count]), -phase))
 
 
-def _note_clamps(state: GraphState, plan: Plan, resolved: ResolvedPlan) -> None:
-    for phase, density in zip(plan.phases, resolved.densities, strict=True):
-        asked = phase.density if phase.window is None else getattr(phase.window, "density", None)
-        if asked is not None and density > asked + 1e-9:
+@dataclass(frozen=True)
+class _Picked:
+    """A window that was chosen for a density, or the whole of one that a phase or some heads have."""
+
+    density: float
+    """What was asked for."""
+    kept: float
+    """What the window keeps by itself."""
+    window: AnyWindow
+    heads: str = ""
+    """Those that have it, where not all do."""
+    alone: bool = True
+    """Whether nothing else is seen beside it, as in a union."""
+
+
+@functools.lru_cache(maxsize=512)
+def _picked(resolved: ResolvedPlan) -> tuple[_Picked, ...]:
+    """The windows of all phases that were chosen for a density, those of single heads and in unions too."""
+    view = resolved.view
+    found: list[_Picked] = []
+    for phase in resolved.plan.phases:
+        pattern = Sliding(density=phase.density) if phase.window is None else pattern_of(phase.window)
+        for whole, heads in _by_head(pattern, resolved.heads):
+            for part in walk(whole):
+                asked = part.density if isinstance(part, (Sliding, TopK)) else None
+                if asked is not None:
+                    window = on_grid(part, view)
+                    kept = density(window, view.q_layout, view.k_layout, view.heads, clamp=view.clamp)
+                    found.append(_Picked(asked, kept, window, heads, part is whole))
+    return tuple(dict.fromkeys(found))
+
+
+def _by_head(pattern: Pattern, heads: int | None) -> list[tuple[Pattern, str]]:
+    """The windows that heads have, each with the heads that have it; "" where all share one."""
+    if not isinstance(pattern, Heads) or heads is None:
+        return [(pattern, "")]
+    members: dict[Pattern, list[int]] = {}
+    for head in range(heads):
+        members.setdefault(pattern.of_head(head), []).append(head)
+    return [(own, Ranges.of(held).text if len(members) > 1 else "") for own, held in members.items()]
+
+
+def _note_clamps(state: GraphState, resolved: ResolvedPlan) -> None:
+    for picked in _picked(resolved):
+        if picked.kept > picked.density + 1e-9:
             state.note(
                 "info",
                 "density-floor",
-                f"grid {resolved.q_layout.grid} with tile {plan.tile} has no window of density "
-                f"{asked:.2f}; its sparsest, {density:.3f}, is used",
+                f"grid {resolved.q_layout.grid} with tile {resolved.plan.tile} has no window of density "
+                f"{picked.density:.2f}{_of_heads(picked)}; its sparsest, {picked.kept:.3f}, is used",
             )
+
+
+def _note_apart(state: GraphState, resolved: ResolvedPlan) -> None:
+    """For windows that were picked for a density: whoever gives a window may want this."""
+    for picked in _picked(resolved):
+        window = picked.window
+        if picked.alone and isinstance(window, tuple) and (axes := apart(window, resolved.q_layout.counts)):
+            names = " and ".join("thw"[axis] for axis in axes)
+            lonely = (
+                "what lies side by side there meets in other heads at most"
+                if picked.heads
+                else "parts of the video that lie side by side there can come out unlike one another"
+            )
+            state.note(
+                "info",
+                "window-apart",
+                f"the window of density {picked.density:.2f}{_of_heads(picked)} on grid {resolved.q_layout.grid} with "
+                f"tile {resolved.plan.tile}, {window} tiles, never looks across {names}, so {lonely}: take a smaller "
+                "tile or a higher density",
+            )
+
+
+def _of_heads(picked: _Picked) -> str:
+    return f" for heads {picked.heads}" if picked.heads else ""
 
 
 def _note_gradients(state: GraphState, site: AttentionSite, plan: Plan) -> None:
@@ -199,15 +284,17 @@ def _note_gradients(state: GraphState, site: AttentionSite, plan: Plan) -> None:
         )
 
 
-def _note_apart(state: GraphState, plan: Plan, resolved: ResolvedPlan) -> None:
-    """For windows that were picked for a density: whoever gives a window may want this."""
-    for phase, window in zip(plan.phases, resolved.windows, strict=True):
-        if phase.window is None and isinstance(window, tuple) and (axes := apart(window, resolved.q_layout.counts)):
-            names = " and ".join("thw"[axis] for axis in axes)
-            state.note(
-                "info",
-                "window-apart",
-                f"the window of density {phase.density:.2f} on grid {resolved.q_layout.grid} with tile {plan.tile}, "
-                f"{window} tiles, never looks across {names}, so parts of the video that lie side by side there can "
-                "come out unlike one another: take a smaller tile or a higher density",
-            )
+def _note_unused(state: GraphState, plan: Plan) -> None:
+    """Options that were given and decide nothing here."""
+    settings = state.settings
+    if plan.compute != "auto" and plan.lowering != "cpp":
+        state.note(
+            "info",
+            "compute",
+            f"compute={plan.compute!r} has no effect: it is for the generated CPU kernel, lowering 'cpp', and "
+            f"lowering {plan.lowering!r} computes here",
+        )
+    if settings.timestep != Timestep() and len(settings.phases.phases) == 1:
+        state.note(
+            "info", "timestep", "options['timestep'] has no effect: all steps do the same, so none reads the progress"
+        )

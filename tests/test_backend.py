@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from models.diffusers_zoo import DIFFUSERS_ZOO
 from models.handwritten import SPELLINGS, HandwrittenDiT
 from models.oracle import WindowedAttention, window_mask
 from models.zoo import TEXT, ZOO, output, wan
@@ -324,6 +325,60 @@ def test_grid_option_for_calls_that_are_declined_says_why() -> None:
     )
     with pytest.raises(torch._dynamo.exc.BackendCompilerFailed, match=r"declined all the same: .*keys"):
         attend(q, k, v)
+
+
+@pytest.mark.parametrize("strict", [False, True])
+def test_a_grid_option_beside_a_table_that_proves_one(strict: bool) -> None:
+    """Tokens and text arrive in one run, so it is the table's values that show which of them are the video's."""
+    entry = DIFFUSERS_ZOO["minimax-h3"]
+    inputs, (t, h, w) = entry.inputs(entry.grid), entry.grid
+    fps = backend(grid=entry.grid, strict=strict)
+    with torch.no_grad():
+        output(torch.compile(entry.build(), backend=fps), **inputs)
+        assert {note.code for graph in fps.graphs for note in graph.notes} >= {"grid-from-table"}
+        torch._dynamo.reset()
+        wrong = backend(grid=(t, h, w + 1), strict=strict)
+        with pytest.raises(torch._dynamo.exc.BackendCompilerFailed, match="prove") as caught:
+            output(torch.compile(entry.build(), backend=wrong), **inputs)
+    assert isinstance(caught.value.inner_exception, GridError)
+    assert f"prove {entry.grid} at" in str(caught.value.inner_exception)
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "words"),
+    [
+        ({"lowering": "boxes", "window": "radial"}, "", "lowering='gather' or 'auto'"),
+        ({"lowering": "boxes", "window": "topk", "density": 0.5}, "", "lowering='gather' or 'auto'"),
+        ({"lowering": "cpp", "quant": "int8"}, "head_dim=", "use 'auto', or quant='none'"),
+        ({"lowering": "cpp"}, "head_dim=", "use 'boxes' or 'auto'"),
+    ],
+)
+def test_a_lowering_that_cannot_run_names_the_site_and_one_that_can(options: Any, error: str, words: str) -> None:
+    model, entry = wan(layers=1, attention_head_dim=264, num_attention_heads=1), ZOO["wan"]
+    compiled = torch.compile(
+        model, backend=Backend(Settings.from_options({"inner": "eager", "density": None} | options))
+    )
+    with torch.no_grad(), pytest.raises(torch._dynamo.exc.BackendCompilerFailed) as caught:
+        output(compiled, **entry.inputs())
+    message = str(caught.value.inner_exception)
+    assert all(part in message for part in ("out_2", error, words)), message
+
+
+@pytest.mark.parametrize(
+    ("options", "code"),
+    [
+        ({"compute": "bfloat16"}, "compute"),
+        ({"timestep": {"shift": 3.0}}, "timestep"),
+        ({"schedule": "paper", "density": None, "timestep": {"shift": 3.0}}, None),
+        ({}, None),
+    ],
+)
+def test_options_without_effect_are_noted(options: dict[str, Any], code: str | None) -> None:
+    entry, fps = ZOO["wan"], backend(**options)
+    with torch.no_grad():
+        output(torch.compile(entry.build(), backend=fps), **entry.inputs())
+    found = {note.code for note in fps.graphs[0].notes if "no effect" in note.message}
+    assert found == ({code} if code else set())
 
 
 def test_unknown_grid_is_a_reason_and_an_error_under_strict() -> None:

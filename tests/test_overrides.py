@@ -305,6 +305,32 @@ class Block(nn.Module):
         return video + out.transpose(1, 2).flatten(2).transpose(1, 2).unflatten(2, video.shape[2:])
 
 
+@pytest.mark.parametrize(
+    ("options", "noted"),
+    [
+        ({"density": 0.2}, [("window-apart", "density 0.20 on grid")]),
+        ({"density": 0.2, "heads": {"1": "dense"}}, [("window-apart", "density 0.20 for heads 0 on grid")]),
+        ({"density": 0.2, "heads": {"0-1": "dense"}}, []),
+        (
+            {"window": (9, 9, 9), "heads": {"1": {"family": "sliding", "density": 0.2}}},
+            [("window-apart", "density 0.20 for heads 1 on grid")],
+        ),
+        (
+            {"schedule": "paper", "tile": (2, 4, 4), "heads": {"1": "dense"}},
+            [("density-floor", "density 0.10 for heads 0"), ("density-floor", "density 0.25 for heads 0")],
+        ),
+    ],
+)
+def test_notes_on_windows_of_a_density_know_the_heads(options: dict[str, Any], noted: list[tuple[str, str]]) -> None:
+    fps = Backend(Settings.from_options(SPARSE | {"window": None, "lowering": "gather"} | options))
+    with torch.no_grad():
+        torch.compile(Block(), backend=fps)(latent())
+    notes = [(note.code, note.message) for note in fps.graphs[0].notes]
+    for code, words in noted:
+        assert any(code == found and words in message for found, message in notes), notes
+    assert bool(noted) == any(code in ("density-floor", "window-apart") for code, _ in notes)
+
+
 class Broken(nn.Module):
     """Two blocks and a graph break between them."""
 
