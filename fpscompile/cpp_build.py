@@ -24,7 +24,7 @@ from pathlib import Path
 import torch
 
 from fpscompile.errors import CompilerMissingError, UnsupportedError
-from fpscompile.files import write_atomically
+from fpscompile.files import cache_root, write_atomically
 
 logger = logging.getLogger("fpscompile.cpp_build")
 
@@ -128,12 +128,7 @@ def processor_flags() -> frozenset[str]:
 
 def cache_folder() -> Path:
     """``FPS_CACHE_DIR/cpp``; without the variable, a folder inside Inductor's cache."""
-    root = os.environ.get("FPS_CACHE_DIR")
-    if not root:
-        from torch._inductor.runtime.cache_dir_utils import cache_dir
-
-        root = os.path.join(cache_dir(), "fps")
-    return Path(root).expanduser().absolute() / "cpp"
+    return cache_root() / "cpp"
 
 
 def load(source: str) -> ctypes.CDLL:

@@ -16,6 +16,7 @@ import torch
 
 from fpscompile import cpp_build
 from fpscompile.errors import CompilerMissingError, FpsError
+from fpscompile.files import cache_root
 from fpscompile.gpu.call import target_of, why_not
 from fpscompile.lowerings import cpp
 from fpscompile.plan import PhasePlan, Plan
@@ -133,7 +134,7 @@ def _gpus() -> Iterator[Finding]:
 
 
 def _folders() -> Iterator[Finding]:
-    folder = cpp_build.cache_folder().parent
+    folder = cache_root()
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile(dir=folder):

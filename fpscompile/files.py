@@ -1,4 +1,7 @@
-"""Files that are whole at every moment: whoever reads one sees what was there before, or all of what is new."""
+"""Where files are kept between processes, and files that are whole at every moment.
+
+Whoever reads one sees what was there before, or all of what is new.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +9,16 @@ import errno
 import os
 import tempfile
 from pathlib import Path
+
+
+def cache_root() -> Path:
+    """``FPS_CACHE_DIR``, "~" expanded and absolute; without the variable, the folder ``fps`` in Inductor's cache."""
+    root = os.environ.get("FPS_CACHE_DIR")
+    if not root:
+        from torch._inductor.runtime.cache_dir_utils import cache_dir
+
+        root = os.path.join(cache_dir(), "fps")
+    return Path(root).expanduser().absolute()
 
 
 def write_atomically(path: str | os.PathLike[str], text: str) -> Path:

@@ -15,8 +15,10 @@ from cpp_cases import TILE, WINDOW, check, make_inputs, make_mask, make_resolved
 
 from fpscompile import cpp_build, render
 from fpscompile.errors import CompilerMissingError, UnsupportedError
+from fpscompile.gpu import render as gpu_render
 from fpscompile.kernel_spec import KernelSpec
 from fpscompile.lowerings import cpp, cpp_backward
+from fpscompile.tuning.store import default_path
 
 
 @pytest.fixture
@@ -191,6 +193,10 @@ def test_a_cache_folder_is_absolute_and_an_empty_one_is_none(monkeypatch: pytest
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("FPS_CACHE_DIR", "here")
     assert cpp_build.cache_folder() == tmp_path / "here" / "cpp"
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("FPS_CACHE_DIR", "~/there")
+    folders = (cpp_build.cache_folder(), gpu_render.cache_folder(), default_path().parent)
+    assert folders == (tmp_path / "there" / "cpp", tmp_path / "there" / "triton", tmp_path / "there")
     monkeypatch.setenv("FPS_CACHE_DIR", "")
     assert tmp_path not in cpp_build.cache_folder().parents
 

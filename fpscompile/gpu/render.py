@@ -14,7 +14,6 @@ import importlib.util
 import json
 import logging
 import math
-import os
 import threading
 from pathlib import Path
 from types import ModuleType
@@ -23,7 +22,7 @@ from typing import Any
 import jinja2
 import torch
 
-from fpscompile.files import write_atomically
+from fpscompile.files import cache_root, write_atomically
 from fpscompile.gpu.config import KernelConfig, padded, rows_of
 from fpscompile.gpu.interpreter import interpreting
 from fpscompile.hadamard import sign_bits
@@ -173,12 +172,7 @@ def _module(text: str, template: str, interpreted: bool, folder: Path) -> Module
 
 def cache_folder() -> Path:
     """``FPS_CACHE_DIR/triton``; without the variable, a folder inside Inductor's cache."""
-    root = os.environ.get("FPS_CACHE_DIR")
-    if root:
-        return Path(root) / "triton"
-    from torch._inductor.runtime.cache_dir_utils import cache_dir
-
-    return Path(cache_dir()) / "fpscompile" / "triton"
+    return cache_root() / "triton"
 
 
 def _file(path: Path, text: str) -> Path:
