@@ -62,6 +62,8 @@ class TuningReport:
     groups: list[TunedGroup] = field(default_factory=list)
     declined: list[tuple[str, str]] = field(default_factory=list)
     """(site, reason) of 3D attention that is not rewritten, and so not tuned."""
+    notes: list[str] = field(default_factory=list)
+    """What became of a calibration that the file holds."""
     unsaved: str = ""
     """Why nothing was saved; "" when it was."""
     seconds: float = 0.0
@@ -80,6 +82,7 @@ class TuningReport:
             "measurements": self.measurements,
             "seconds": self.seconds,
             "unsaved": self.unsaved,
+            "notes": list(self.notes),
             "groups": [
                 {
                     "sites": group.names,
@@ -115,7 +118,7 @@ class TuningReport:
             table.add_row(*row, f"{tuned.speedup:.2f}x", f"{tuned.error:.1e}")
         for name, reason in self.declined:
             table.add_row(name, "", "", f"left as it is: {reason}")
-        return Group(Text(title), table)
+        return Group(Text(title), *map(Text, self.notes), table)
 
     def __str__(self) -> str:
         with open(os.devnull, "w") as nowhere:
@@ -142,6 +145,7 @@ def autotune(
             up to two minutes each). A full search is not satisfied with what a quick one kept.
         options: the options that the model will be compiled with; the plan's density is measured.
         path: the tuning file; default ``options["tuning"]``, or the one in the cache folder, which compilations read.
+            Where it holds a calibration of the model, kernels are measured under that, as for ``options["tuning"]``.
         progress: whether to show a progress bar; default where stderr is a terminal.
 
     Interrupting (Ctrl-C) keeps every signature that is done.
@@ -151,6 +155,8 @@ def autotune(
         TuningFileError: the file cannot be written; nothing was measured.
     """
     settings = Settings.from_options(options)
+    if path is not None and settings.tuning is None:
+        settings = dataclasses.replace(settings, tuning=os.fspath(path))  # for its calibration
     file = tuning_path(path if path is not None else settings.tuning)
     report = TuningReport(file, effort)
     tuner = Tuner(file, effort)
@@ -178,6 +184,8 @@ def _problems(
     found: dict[str, tuple[TunedGroup, Problem, Candidate]] = {}
 
     def look(state: GraphState) -> None:
+        notes = (note.message for note in state.notes if note.code in ("calibrated", "calibration-ignored"))
+        report.notes += [message for message in notes if message not in report.notes]
         for site in state.sites:
             if site.kind != "3d":
                 continue

@@ -32,6 +32,9 @@ logger = logging.getLogger(__name__)
 
 Compiled = Callable[..., Any]
 
+LOUD = ("tuning-ignored", "calibration-ignored")
+"""Notes that are logged as warnings though strict accepts them: the model is right, only not as it was asked for."""
+
 
 def fps(
     gm: fx.GraphModule,
@@ -218,7 +221,7 @@ def _site_record(state: GraphState, site: AttentionSite) -> SiteRecord:
 
 
 def _log(record: GraphRecord) -> None:
-    """One INFO record per compile; every note at its level."""
+    """What was rewritten at INFO; every call that was left as it is, and every note, at its level."""
     rewritten = [site for site in record.sites if site.rewritten]
     if rewritten:
         densities = sorted({tuple(round(d, 4) for d in site.density) for site in rewritten})
@@ -235,7 +238,8 @@ def _log(record: GraphRecord) -> None:
             level = logging.DEBUG if site.reason_code == Reason.KIND.value else logging.WARNING
             logger.log(level, "%s (%s) is left as it is: %s", site.node, site.module, site.reason)
     for note in record.notes:
-        logger.log(logging.WARNING if note.level == "warning" else logging.INFO, "%s", note.message)
+        loud = note.level == "warning" or note.code in LOUD
+        logger.log(logging.WARNING if loud else logging.INFO, "%s", note.message)
 
 
 def _check_strict(record: GraphRecord) -> None:
@@ -313,9 +317,10 @@ def inner_compiler(settings: Settings, mode: str | None) -> Callable[[fx.GraphMo
         try:
             function = torch._dynamo.lookup_backend(inner)
         except Exception as error:
+            known = sorted({*torch.compiler.list_backends(), "eager", "aot_eager"} - {"fps"})
             raise OptionError(
-                f"inner={inner!r} is no registered backend; choose one of {', '.join(torch.compiler.list_backends())}, "
-                f"or pass a callable ({error})"
+                f"inner={inner!r} is no registered backend; choose one of {', '.join(known)}, or pass a callable "
+                f"({error})"
             ) from None
     if options:
         return lambda gm, inputs: function(gm, inputs, options=options)

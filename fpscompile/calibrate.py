@@ -68,7 +68,7 @@ def calibrate(
         held_out: share of the samples, drawn at random, that are not looked at before the choice is made and then tell
             its error. The draw is always the same.
         options: tile, quant, schedule (of which the ranges of progress count) and the rest, as for compiling.
-        path: the tuning file to save in; default the one in the cache folder.
+        path: the tuning file to save in; default ``options["tuning"]``, or the one in the cache folder.
         windows: further candidates, as options spell them. One that needs a density is tried at several: ``["topk"]``
             lets content choose tiles for the heads that no fixed window serves.
         rows_per_tile: query rows of each tile that statistics are taken from.

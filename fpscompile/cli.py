@@ -68,12 +68,19 @@ Factory = Annotated[
 Options = Annotated[
     list[str] | None,
     typer.Option(
-        "--option", metavar="KEY=VALUE", help="An option of the backend; VALUE is a Python literal. Repeatable."
+        "--option",
+        metavar="KEY=VALUE",
+        help="An option of the backend; VALUE is a Python literal or a text. Repeatable.",
     ),
 ]
 Dtype = Annotated[str | None, typer.Option(help=f"Cast the model and its floating-point inputs: {', '.join(DTYPES)}.")]
 Json = Annotated[Path | None, typer.Option("--json", help="Write the result as JSON.")]
-File = Annotated[Path | None, typer.Option("--file", help="The tuning file; default: the one in the cache folder.")]
+File = Annotated[
+    Path | None,
+    typer.Option(
+        "--file", help="The tuning file to save in; default: --option tuning=..., or the one in the cache folder."
+    ),
+]
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of any error.")]
 
 
@@ -257,7 +264,7 @@ def _mendable(error: BaseException | None) -> BaseException | None:
 
 
 def _options(pairs: Sequence[str]) -> dict[str, Any]:
-    """Options from "KEY=VALUE" texts; a bare word is text."""
+    """Options from "KEY=VALUE" texts; what is no Python literal, such as a word or a path, is text."""
     options: dict[str, Any] = {}
     for pair in pairs:
         key, equals, value = pair.partition("=")
@@ -268,9 +275,10 @@ def _options(pairs: Sequence[str]) -> dict[str, Any]:
         try:
             options[key] = ast.literal_eval(value)
         except (ValueError, SyntaxError):
-            if not value.replace("_", "").isalnum():
+            # Options say themselves what is wrong with a text; what was begun as a literal is told here.
+            if not value or value[0] in "([{'\"":
                 raise UsageError(
-                    f"--option {key}: {value!r} is neither a word nor a Python literal, such as 0.25 or (4,8,8)"
+                    f"--option {key}: {value!r} is no whole Python literal, such as 0.25 or (4,8,8)"
                 ) from None
             options[key] = value
     return options

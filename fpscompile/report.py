@@ -12,6 +12,7 @@ from rich.console import Console, RenderableType
 
 from fpscompile.files import write_atomically
 from fpscompile.html import render
+from fpscompile.ir import Reason
 from fpscompile.records import GraphRecord, Note, SiteRecord, strict_failures
 from fpscompile.report_text import renderable
 from fpscompile.settings import Settings
@@ -49,6 +50,11 @@ class Report:
     def rewritten(self) -> int:
         """Number of attention calls that were rewritten."""
         return sum(site.rewritten for site in self.sites)
+
+    @property
+    def disabled(self) -> bool:
+        """Whether FPS_DISABLE kept the passes from looking at any graph."""
+        return any(note.code == Reason.DISABLED.value for note in self.notes)
 
     @property
     def graph_before(self) -> str:
@@ -107,6 +113,8 @@ class Report:
         total, rewritten = len(self.sites), self.rewritten
         if not self.graphs:
             return "No attention call reached the backend: no graph was captured."
+        if self.disabled:
+            return "FPS_DISABLE is set: nothing is rewritten, the model runs as without fps."
         if not total:
             count = len(self.graphs)
             return f"No attention call reached the backend: {count} graph{_s(count)} captured, none contains attention."
@@ -125,6 +133,8 @@ class Report:
                 "The model did not run, ran under torch.compiler.disable, or broke at its first operation: "
                 "TORCH_LOGS=graph_breaks shows where."
             )
+        if self.disabled:
+            return "Unset FPS_DISABLE, or set it to 0, to see what fps does to this model."
         if not self.sites:
             return (
                 "It may have no softmax, as linear attention has none, hide in a custom op, or run outside the "

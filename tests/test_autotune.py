@@ -635,6 +635,20 @@ def test_files_that_do_not_fit_are_named_and_ignored(path: Path, caplog: pytest.
     assert "is corrupt" in compiled_notes(model, latent(), tuning=str(path))["tuning-ignored"]
 
 
+@pytest.mark.parametrize("autotune", [None, "off"])
+@pytest.mark.parametrize(("content", "words"), [(None, "does not exist"), ("{", "is corrupt")])
+def test_a_file_that_cannot_be_used_is_warned_of_once(
+    path: Path, caplog: pytest.LogCaptureFixture, content: str | None, words: str, autotune: str | None
+) -> None:
+    if content is not None:
+        path.write_text(content)
+    with caplog.at_level("INFO", "fpscompile"):
+        compiled_notes(Model((2, 2)).eval(), latent(), tuning=str(path), autotune=autotune)
+    records = [record for record in caplog.records if str(path) in record.getMessage()]
+    assert [record.levelname for record in records] == ["WARNING"]
+    assert words in records[0].getMessage()
+
+
 @pytest.mark.parametrize(
     ("change", "words"),
     [

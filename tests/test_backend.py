@@ -254,6 +254,12 @@ def test_on_a_gpu_inductor_keeps_no_buffers_through_attention(
     assert sites_and_patches() == (0, {})
 
 
+def test_an_unknown_inner_is_told_the_known_ones() -> None:
+    with pytest.raises(OptionError, match=r"choose one of aot_eager, .*eager, inductor") as caught:
+        Backend(Settings(inner="nope"))(torch.fx.symbolic_trace(nn.Identity()), [torch.zeros(1)])
+    assert "fps" not in str(caught.value)
+
+
 def test_modes_are_inductors() -> None:
     for inner, mode, words in (("aot_eager", "max-autotune", "is Inductor's"), ("inductor", "fastest", "is unknown")):
         with pytest.raises(OptionError, match=words):
@@ -409,6 +415,9 @@ def test_disabled_by_environment(monkeypatch: pytest.MonkeyPatch) -> None:
         output(torch.compile(entry.build(), backend=fps), **entry.inputs())
     assert rewritten(fps) == 0
     assert [note.code for note in fps.graphs[0].notes] == ["disabled"]
+    report = fpscompile.explain(entry.build(), **entry.inputs())
+    assert "FPS_DISABLE is set" in report.headline
+    assert report.advice.startswith("Unset FPS_DISABLE")
 
 
 def test_dropout_causal_and_full_masks_are_left_alone() -> None:

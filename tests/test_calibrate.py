@@ -469,6 +469,9 @@ def test_the_file_compiles_the_model_as_calibrated(tmp_path: Path, monkeypatch: 
     other, same = compiled(model, call, **{name: value for name, value in again.items() if name != "schedule"})
     assert torch.allclose(same, actual, atol=1e-6), "its options alone do the same"
     assert "calibrated" not in notes_of(other)
+    beside = autotune(model, **call, options={"quant": "none"}, path=path)
+    assert {group.signature.density for group in beside.groups} == densities, "the file that is tuned says the masks"
+    assert f"calibration {report.key!r}" in str(beside)
 
 
 def test_another_model_grid_or_wish_is_named_and_ignored(tmp_path: Path) -> None:

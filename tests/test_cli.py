@@ -121,7 +121,7 @@ def test_help_lists_the_commands(run) -> None:  # type: ignore[no-untyped-def]
         (["factories:no_model"], "returned (int, dict); it must return"),
         (["factories:with_kwargs", "--dtype", "float7"], "--dtype 'float7' is unknown; choose one of float32"),
         (["factories:with_kwargs", "--option", "tile"], "--option 'tile' must be KEY=VALUE"),
-        (["factories:with_kwargs", "--option", "tile=(4,"], "'(4,' is neither a word nor a Python literal"),
+        (["factories:with_kwargs", "--option", "tile=(4,"], "'(4,' is no whole Python literal"),
         (["factories:with_kwargs", "--option", "tile=1", "--option", "tile=2"], "--option tile is given twice"),
         (["factories:with_kwargs", "--option", "windw=(1,1,1)"], "did you mean 'window'?"),
         (["factories:with_kwargs", "--option", "tile=(0,1,1)"], "tile=(0, 1, 1) must be three integers >= 1"),
@@ -157,7 +157,8 @@ def test_our_errors_are_found_inside_a_compilers() -> None:
 
 @pytest.mark.parametrize(
     ("text", "value"),
-    [("0.25", 0.25), ("(4,8,8)", (4, 8, 8)), ("paper", "paper"), ("'paper'", "paper"), ("None", None), ("True", True)],
+    [("0.25", 0.25), ("(4,8,8)", (4, 8, 8)), ("paper", "paper"), ("'paper'", "paper"), ("None", None), ("True", True)]
+    + [(text, text) for text in ("wan.json", "/tmp/a b/wan-2.json", "~/wan.json", "0.2x")],
 )
 def test_option_values_are_literals(text: str, value: object) -> None:
     assert cli._options([f"key={text}"]) == {"key": value}

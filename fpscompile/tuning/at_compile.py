@@ -7,7 +7,6 @@ measured now if ``options["autotune"]`` says so. What is taken, missing or ignor
 from __future__ import annotations
 
 import dataclasses
-import logging
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -25,8 +24,6 @@ from fpscompile.tuning.candidates import why_not
 from fpscompile.tuning.capture import problem_of
 from fpscompile.tuning.problem import Candidate
 from fpscompile.tuning.tuner import Tuner, find, tuning_path
-
-logger = logging.getLogger("fpscompile.tuning")
 
 OVERRIDING = ("window", "density", "schedule", "heads", "layers")
 """Options that say themselves what is kept, and so outrank a calibration."""
@@ -47,7 +44,7 @@ def tuned_plan(site: AttentionSite, plan: Plan, state: GraphState) -> Plan:
             with _disable_current_modes(), torch.no_grad():
                 tuned = Tuner(path, settings.autotune).tune(problem, default)
         else:
-            loaded = store.read(path)
+            loaded = store.load(path)
             found, reason = find(loaded.contents, problem.signature)
             if found is None and problem.free_tile:
                 tile = "x".join(map(str, plan.tile))
@@ -58,7 +55,7 @@ def tuned_plan(site: AttentionSite, plan: Plan, state: GraphState) -> Plan:
                 )
             if found is None:
                 calibration_only = loaded.contents.calibrations and not loaded.contents.sites
-                if settings.tuning is not None and not calibration_only:
+                if loaded.message or (settings.tuning is not None and not calibration_only):
                     _missing(state, loaded, problem.signature.describe(), reason)
                 return plan
             tuned = found
@@ -91,7 +88,6 @@ def _missing(state: GraphState, loaded: store.Loaded, described: str, reason: st
         held = f"its entries are for grids {', '.join(grids)}" if grids else "it has no kernel entries"
         message = f"tuning file {path} {reason}: ignored for {described}; {held}"
     state.note("info", "tuning-ignored", message)
-    logger.warning("%s", message)
 
 
 def calibrated(state: GraphState) -> Settings:
@@ -99,7 +95,11 @@ def calibrated(state: GraphState) -> Settings:
     settings = state.settings
     if settings.tuning is None:
         return settings
-    loaded = store.read(tuning_path(settings.tuning))
+    loaded = store.load(tuning_path(settings.tuning))
+    if loaded.message:
+        state.note("info", "tuning-ignored", loaded.message)
+    elif loaded.outcome == "missing" and settings.autotune == "off":
+        state.note("info", "tuning-ignored", f"tuning file {tuning_path(settings.tuning)} does not exist")
     if not loaded.contents.calibrations:
         return settings
     sites = {module_path(site.node): site for site in state.sites if site.kind == "3d" and site.rejection is None}
@@ -117,7 +117,6 @@ def calibrated(state: GraphState) -> Settings:
         reasons.append(f"{key!r}: {reason}")
     message = f"calibration of {tuning_path(settings.tuning)} ignored: {'; '.join(reasons)}"
     state.note("info", "calibration-ignored", message)
-    logger.warning("%s", message)
     return settings
 
 

@@ -24,7 +24,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from fpscompile.errors import FpsError
-from fpscompile.files import write_atomically
+from fpscompile.files import cache_root, write_atomically
 from fpscompile.tuning.format import Contents, CorruptError, ForeignVersionError, dumps, parse
 
 logger = logging.getLogger("fpscompile.tuning")
@@ -49,26 +49,29 @@ class Loaded:
 
 def default_path() -> Path:
     """``FPS_CACHE_DIR/tuning.json``; without the variable, in a folder inside Inductor's cache."""
-    from fpscompile.cpp_build import cache_folder
-
-    return cache_folder().parent / "tuning.json"
+    return cache_root() / "tuning.json"
 
 
 def read(path: str | os.PathLike[str]) -> Loaded:
     """The contents of a file; never raises for what the file holds, and logs a warning for what is wrong with it."""
+    loaded = load(path)
+    if loaded.message:
+        logger.warning("%s", loaded.message)
+    return loaded
+
+
+def load(path: str | os.PathLike[str]) -> Loaded:
+    """:func:`read` for callers that pass on themselves what is wrong."""
     path = Path(path)
     try:
         state = os.stat(path)
-        loaded = _read(str(path), state.st_mtime_ns, state.st_size, state.st_ino)
+        return _read(str(path), state.st_mtime_ns, state.st_size, state.st_ino)
     except FileNotFoundError:
         return Loaded(Contents(), "missing")
     except (OSError, UnicodeDecodeError) as error:
         reason = "it is not UTF-8 text" if isinstance(error, UnicodeDecodeError) else error.strerror
         outcome = "corrupt" if isinstance(error, UnicodeDecodeError) else "unreadable"
-        loaded = Loaded(Contents(), outcome, f"tuning file {path} cannot be read: {reason}")
-    if loaded.message:
-        logger.warning("%s", loaded.message)
-    return loaded
+        return Loaded(Contents(), outcome, f"tuning file {path} cannot be read: {reason}")
 
 
 @functools.lru_cache(maxsize=32)
@@ -97,7 +100,7 @@ def update(path: str | os.PathLike[str], news: Contents) -> Contents:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with _locked(path):
-            loaded = read(path)
+            loaded = load(path)
             if loaded.outcome == "foreign":
                 raise TuningFileError(loaded.message)
             if loaded.outcome == "unreadable":

@@ -132,7 +132,7 @@ class Tuner:
     def find(self, problem: Problem) -> tuple[Tuned | None, str]:
         """The kept entry, of this tuner or of its file; a quick one does not answer a full search."""
         signature = problem.signature
-        contents = store.read(self.path).contents.merged(self._kept)
+        contents = store.load(self.path).contents.merged(self._kept)
         found, reason = find(contents, signature)
         if found is not None and self.effort == "full" and contents.sites[signature.key].get("effort") != "full":
             return None, "holds only the result of a quick search"
