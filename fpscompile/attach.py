@@ -9,11 +9,12 @@ from __future__ import annotations
 import functools
 import logging
 import math
+import operator
 import sys
 import threading
 from collections.abc import Callable
 from types import TracebackType
-from typing import Any
+from typing import Any, SupportsIndex
 
 import torch
 from torch import nn
@@ -73,6 +74,16 @@ def _sizes(grid: Any) -> tuple[int, int, int]:
     return sizes
 
 
+def _integer(value: Any) -> int | None:
+    """The int that a value is; None for floats, truth values and all else."""
+    if isinstance(value, bool) or "bool" in str(getattr(value, "dtype", "")):
+        return None
+    try:
+        return operator.index(value)
+    except TypeError:
+        return None
+
+
 def _denoisers(pipe: Any) -> dict[str, nn.Module]:
     components = getattr(pipe, "components", None) or getattr(pipe, "__dict__", {})
     return {
@@ -122,15 +133,25 @@ class Attachment:
             self._warn(" and ".join(self.models))
         runtime.disown(self)
 
-    def step(self, index: int, total: int) -> None:
+    def step(self, index: SupportsIndex, total: SupportsIndex) -> None:
         """Say by hand that step ``index`` of ``total`` is next; it holds until said anew, whatever the scheduler says.
 
+        Args:
+            index, total: ints, or what is one: integers of numpy, tensors of one integer.
+
         Raises:
-            OptionError: not ``0 <= index < total``.
+            OptionError: no integers, or not ``0 <= index < total``.
         """
-        if not isinstance(index, int) or not isinstance(total, int) or not 0 <= index < total:
-            raise OptionError(f"step({index}, {total}): the index must be in [0, {total})")
-        self._manual = index / total
+        step, steps = _integer(index), _integer(total)
+        if step is None or steps is None:
+            wrong = index if step is None else total
+            raise OptionError(
+                f"step({index!r}, {total!r}): {wrong!r} must be an integer; give the index of the step, from 0 on, "
+                "and the number of steps"
+            )
+        if not 0 <= step < steps:
+            raise OptionError(f"step({step}, {steps}): the index must be in [0, {steps})")
+        self._manual = step / steps
 
     def progress(self) -> float:
         """Denoising progress in [0, 1]; NaN when nothing tells it."""

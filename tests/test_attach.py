@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import diffusers
+import numpy as np
 import pytest
 import torch
 from models.oracle import WindowedAttention, window_mask
@@ -137,6 +138,19 @@ def test_manual_step_beats_the_timestep_input(phases: list[tuple[int, ...]]) -> 
     assert phases == [(2,), (0,)]
     with pytest.raises(OptionError, match=r"step\(10, 10\)"):
         attachment.step(10, 10)
+
+
+@pytest.mark.parametrize("index", [3, np.int64(3), np.array(3), torch.tensor(3), torch.tensor([3])])
+def test_a_step_may_be_any_integer(index: Any) -> None:
+    with fpscompile.attach(torch.nn.Identity()) as attachment:
+        attachment.step(index, 10)
+        assert attachment.progress() == 0.3
+
+
+@pytest.mark.parametrize("index", [0.5, True, np.bool_(True), torch.tensor(True), torch.tensor(0.5), "3", None])
+def test_a_step_that_is_no_integer_is_refused(index: Any) -> None:
+    with fpscompile.attach(torch.nn.Identity()) as attachment, pytest.raises(OptionError, match="must be an integer"):
+        attachment.step(index, 10)
 
 
 def test_timesteps_per_sample(phases: list[tuple[int, ...]]) -> None:
