@@ -25,6 +25,7 @@ from fpscompile.errors import OptionError
 from fpscompile.ranges import Ranges
 from fpscompile.schedule import GRANULARITIES, Phase, Schedule
 from fpscompile.windows import Dense, Heads, Pattern, Sliding, is_open, pattern_of, window_of, with_density
+from fpscompile.windows.checks import located
 
 _LISTED = re.compile(r"(.+)\.(\d[\d,\s-]*)")
 _BLOCK = re.compile(r"(.+?)\.(\d+)(?:\.|$)")
@@ -145,7 +146,7 @@ def layer_overrides(value: Any) -> tuple[tuple[LayerKey, LayerOverride], ...]:
     """From the dict a user writes. Keys that could name one site twice are left to :func:`variant_of`.
 
     Raises:
-        OptionError: not a dict, or a bad key or value.
+        OptionError: not a dict, an empty one, or a bad key or value.
     """
     if value is None or value == ():
         return ()
@@ -153,9 +154,14 @@ def layer_overrides(value: Any) -> tuple[tuple[LayerKey, LayerOverride], ...]:
         isinstance(pair, tuple) and pair and isinstance(pair[0], LayerKey) for pair in value
     ):
         return value
-    if not isinstance(value, Mapping):
+    if not isinstance(value, Mapping) or not value:
         raise OptionError(f'layers={value!r} must be a dict of layers to what they do, such as {{"0-1": "dense"}}')
-    return tuple((LayerKey.parse(key), LayerOverride.of(item, f"layers[{key!r}]")) for key, item in value.items())
+    overrides = []
+    for key, item in value.items():
+        named, where = LayerKey.parse(key), f"layers[{key!r}]"
+        with located(where):
+            overrides.append((named, LayerOverride.of(item, where)))
+    return tuple(overrides)
 
 
 def variants(

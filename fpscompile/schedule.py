@@ -6,13 +6,15 @@ Progress is ``step index / number of steps``, in ``[0, 1]``. A :class:`Schedule`
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import dataclasses
+import numbers
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from fpscompile.errors import ScheduleError
 from fpscompile.windows import AnyWindow, is_open, pattern_of, spec_of, window_of, with_density
-from fpscompile.windows.checks import check_density
+from fpscompile.windows.checks import check_density, located
 
 GRANULARITIES = ("tensor", "head", "tile", "subtile")
 """Regions of Q and K that share one FP8 scale, from coarse to fine (see :mod:`fpscompile.quant`)."""
@@ -35,9 +37,9 @@ class Phase:
     """Region of Q and K that shares one FP8 scale; one of :data:`GRANULARITIES`. Unused when ``quant="none"``."""
 
     def __post_init__(self) -> None:
-        if not 0.0 <= self.start < self.end <= 1.0:
+        if not _number(self.start) or not _number(self.end) or not 0.0 <= self.start < self.end <= 1.0:
             raise ScheduleError(
-                f"phase [{self.start}, {self.end}) is not a range of progress: need 0 <= start < end <= 1"
+                f"phase [{self.start!r}, {self.end!r}) is not a range of progress: need numbers 0 <= start < end <= 1"
             )
         where = f"phase [{self.start}, {self.end})"
         object.__setattr__(self, "density", None if self.density is None else check_density(self.density))
@@ -111,7 +113,16 @@ class Schedule:
 
     @classmethod
     def constant(cls, *, window: Any = None, density: float | None = None) -> Schedule:
-        """One phase for all steps."""
+        """One phase for all steps.
+
+        Raises:
+            ScheduleError: a bad value, or a window that takes a density and has none.
+        """
+        if window is not None and density is None and is_open(window_of(window)):
+            raise ScheduleError(
+                f"window {pattern_of(window).text!r} needs a density: give the option 'density' beside it, as in "
+                "{'window': 'topk', 'density': 0.2}, or 'density' inside of it"
+            )
         return cls((Phase(0.0, 1.0, window=window, density=density),), name="constant")
 
     @classmethod
@@ -130,12 +141,28 @@ class Schedule:
         if not isinstance(value, Sequence):
             raise ScheduleError(f"a schedule is a preset's name, a Schedule or a list of Phase, got {value!r}")
         phases = []
-        for item in value:
-            try:
-                phases.append(item if isinstance(item, Phase) else Phase(**item))
-            except TypeError as error:
-                raise ScheduleError(f"schedule entry {item!r} is not a Phase: {error}") from None
+        for index, item in enumerate(value):
+            with located(f"schedule[{index}]"):
+                phases.append(item if isinstance(item, Phase) else _phase(item))
         return cls(tuple(phases))
+
+
+def _phase(value: Any) -> Phase:
+    """From a dict with a phase's fields."""
+    known = [field.name for field in dataclasses.fields(Phase)]
+    if not isinstance(value, Mapping):
+        raise ScheduleError(f"{value!r} is no phase: give a Phase, or a dict with the keys {', '.join(known)}")
+    unknown = next((key for key in value if key not in known), None)
+    if unknown is not None:
+        raise ScheduleError(f"a phase has no key {unknown!r}; its keys are {', '.join(known)}")
+    missing = [name for name in ("start", "end") if name not in value]
+    if missing:
+        raise ScheduleError(f"a phase needs start and end, and {' and '.join(missing)} of {dict(value)!r} is missing")
+    return Phase(**value)
+
+
+def _number(value: Any) -> bool:
+    return isinstance(value, numbers.Real) and not isinstance(value, bool)
 
 
 PAPER = Schedule(

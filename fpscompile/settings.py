@@ -65,7 +65,8 @@ class Timestep:
 
 @dataclass(frozen=True)
 class Settings:
-    """The options contract. Flat, frozen, hashable; every field is an option of the same name."""
+    """The options contract. Flat and frozen; every field is an option of the same name. Hashable where the values of
+    ``inner_options`` are."""
 
     tile: tuple[int, int, int] = (4, 8, 8)
     """Tokens of the 3D tile along (t, h, w): the unit of FP8 scales and of sparsity. Clipped to the grid."""
@@ -97,8 +98,10 @@ class Settings:
     """What a query has of the tiles that its window drops: "none", or "means", one key for each, the mean of its keys
     with the mean of its values; see :mod:`fpscompile.remainder`."""
     lowering: str = "auto"
-    """"cpp" (generated kernel, CPU), "boxes" (dense attention per box, any device), "gather" (any mask, and FP8),
-    "reference" (slow, the oracle), or "auto": the first of the first three that can run the site here."""
+    """"triton" (generated kernels, GPUs), "cpp" (generated kernel, CPU), "boxes" (dense attention per box, any device),
+    "gather" (any mask, and FP8), "reference" (slow, the oracle), or "auto": the generated kernel of the device where it
+    can run the site, on a CPU without AVX-512 boxes from about 1,024 tokens on; where it cannot, boxes, or gather for
+    FP8 and for windows that are no product of the axes."""
     inner: str | Callable[..., Any] = "inductor"
     """Compiles everything that is not 3D attention: any registered backend name, or a callable."""
     inner_options: tuple[tuple[str, Any], ...] = ()
@@ -156,11 +159,12 @@ class Settings:
             raise OptionError(f"inner={self.inner!r} must be a backend name or a callable(gm, inputs)")
         if self.inner == "fps":
             raise OptionError('inner="fps" would call fps from itself; name the compiler for the rest of the graph')
-        if isinstance(self.inner_options, Mapping):
-            named = all(isinstance(key, str) for key in self.inner_options)
-            _set(self, "inner_options", tuple(sorted(self.inner_options.items())) if named else None)
+        if isinstance(self.inner_options, Mapping) and all(isinstance(key, str) for key in self.inner_options):
+            _set(self, "inner_options", tuple(sorted(self.inner_options.items())))
         if not isinstance(self.inner_options, tuple) or not all(_is_pair(item, str) for item in self.inner_options):
-            raise OptionError(f"inner_options={self.inner_options!r} must be a dict of the inner compiler's options")
+            raise OptionError(
+                f"inner_options={self.inner_options!r} must be a dict of the inner compiler's options by name"
+            )
         if self.grid is not None:
             _set(self, "grid", _triple("grid", self.grid, "video tokens"))
         _choice("history", self.history, HISTORY)

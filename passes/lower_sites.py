@@ -8,7 +8,7 @@ The op takes q, k, v in whatever strides they have and returns [B, L, heads, fea
 - the grid, as sizes read from tensors of the graph, as constants, as published by ``attach``, or as the values of a
   rotary table show it.
 
-Legality is find_sites' business; this pass only writes. Last in the pipeline.
+Legality is find_sites' business; this pass only writes. What follows in the pipeline reads its calls.
 """
 
 from __future__ import annotations

@@ -95,8 +95,11 @@ def test_of_accepts_all_spellings() -> None:
     [
         ("papre", "presets are paper, training_free"),
         (3, "a preset's name"),
-        ([{"begin": 0.0, "end": 1.0}], "is not a Phase"),
-        ([0.5], "is not a Phase"),
+        ([{"begin": 0.0, "end": 1.0}], r"^schedule\[0\]: a phase has no key 'begin'; its keys are start, end, window"),
+        ([{"start": 0.0, "density": 0.5}], r"^schedule\[0\]: .* end of .* is missing"),
+        ([{"start": "a", "end": 1.0, "density": 0.5}], r"^schedule\[0\]: phase \['a', 1.0\) is not a range"),
+        ([{"start": 0.0, "end": True, "density": 0.5}], "need numbers"),
+        ([0.5], r"^schedule\[0\]: 0.5 is no phase: give a Phase, or a dict"),
     ],
 )
 def test_of_refuses(value: object, message: str) -> None:

@@ -127,7 +127,9 @@ class CalibrationReport:
         layers = {site.name: {"schedule": self._schedule(site)} for site in self.sites if site.name}
         own = next((self._schedule(site) for site in self.sites if not site.name), None)
         dense = [{"start": start, "end": end, "window": spec_of(Dense())} for start, end in self.ranges]
-        options = {"tile": list(self.tile), "layers": layers, "schedule": own or dense}
+        options: dict[str, Any] = {"tile": list(self.tile), "schedule": own or dense}
+        if layers:
+            options["layers"] = layers
         return options if self.remainder == "none" else {**options, "remainder": self.remainder}
 
     def _schedule(self, site: SiteCalibration) -> list[dict[str, Any]]:

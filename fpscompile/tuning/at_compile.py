@@ -129,7 +129,7 @@ def _with_options(
 ) -> Settings:
     options = dict(entry["options"])
     # A graph may hold a part of the model: keys of the other sites would name nothing.
-    layers = {name: value for name, value in options.pop("layers").items() if name in sites}
+    layers = {name: value for name, value in options.pop("layers", {}).items() if name in sites}
     changes: dict[str, Any] = {"layers": layers or (), **options}
     if "tile" in changes:
         changes["tile"] = tuple(changes["tile"])

@@ -2,10 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 from typing import Any
 
-from fpscompile.errors import ScheduleError, WindowError
+from fpscompile.errors import OptionError, ScheduleError, WindowError
+
+
+@contextlib.contextmanager
+def located(place: str) -> Iterator[None]:
+    """Errors of what is written inside another option begin with its place, unless they do already."""
+    try:
+        yield
+    except OptionError as error:
+        if str(error).startswith(place):
+            raise
+        raise type(error)(f"{place}: {error}") from None
 
 
 def check_window(window: Any) -> tuple[int, int, int]:

@@ -13,6 +13,7 @@ from fpscompile.errors import OptionError, WindowError
 from fpscompile.masks import Window
 from fpscompile.ranges import Ranges
 from fpscompile.windows.base import Pattern, TileSets, View, walk
+from fpscompile.windows.checks import located
 from fpscompile.windows.families import Dense, TopK
 
 
@@ -104,7 +105,8 @@ class Heads(Pattern):
             twice = next((other.text for other, _ in named if other.meets(ranges)), None)
             if twice is not None:
                 raise OptionError(f"heads {twice!r} and {ranges.text!r} name the same head")
-            named.append((ranges, _pattern(value)))
+            with located(f"heads[{ranges.text!r}]"):
+                named.append((ranges, _pattern(value)))
         object.__setattr__(self, "of", tuple(named))
         object.__setattr__(self, "rest", _pattern(self.rest))
         if any(isinstance(inner, Heads) for part in self.parts for inner in walk(part)):
