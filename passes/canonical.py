@@ -19,6 +19,7 @@ from fpscompile.ir import Reason, Rejection
 from fpscompile.passes.aliasing import mutates
 from fpscompile.passes.axes import same
 from fpscompile.passes.base import GraphState, Replacement, copy_origin, emit, fake_tensor, shape_of
+from fpscompile.passes.strides import laid_out_as
 
 COVERED = "fps_covered"
 """Meta key of author's calls that a canonical call stands for."""
@@ -125,12 +126,14 @@ def substitute(
 
 
 def _as_before(state: GraphState, result: fx.Node, original: fx.Node) -> fx.Node:
-    """The result in the original's dtype. Its shape must be the original's."""
+    """The result with the dtype of the original, whose shape it must have, and its strides where they are read."""
     expected, actual = _tensor(original), _tensor(result)
     left, right = shape_of(original), shape_of(result)
     if len(left) != len(right) or not all(same(a, b) for a, b in zip(left, right, strict=True)):
         raise ValueError(f"the result is {list(actual.shape)}, not {list(expected.shape)}")
-    return result if actual.dtype == expected.dtype else emit(state, "to", (result, expected.dtype))
+    if actual.dtype != expected.dtype:
+        result = emit(state, "to", (result, expected.dtype))
+    return laid_out_as(state, result, original)
 
 
 def idle_readers(node: fx.Node) -> tuple[fx.Node, ...] | None:
