@@ -497,6 +497,23 @@ def test_another_model_grid_or_wish_is_named_and_ignored(tmp_path: Path) -> None
     assert not {"calibrated", "calibration-ignored"} & set(notes_of(backend)), "only where the file is named"
 
 
+class Alone(nn.Module):
+    """Attention of the model itself, of a latent [B, 64, T, H, W]: its site has no name."""
+
+    def forward(self, latent: torch.Tensor) -> torch.Tensor:
+        x = latent.flatten(2).transpose(1, 2).unflatten(-1, (2, 32)).transpose(1, 2)
+        return nn.functional.scaled_dot_product_attention(x, x, x)
+
+
+def test_what_the_model_itself_attends_needs_no_layer(tmp_path: Path) -> None:
+    path, given = tmp_path / "t.json", [{"latent": torch.randn(1, 64, 4, 8, 8)} for _ in range(2)]
+    report = calibrate(Alone(), given, target_density=0.5, options=OPTIONS, path=path)
+    assert "layers" not in report.options
+    for options in ({"tuning": str(path)}, report.options):
+        backend, _ = compiled(Alone(), given[0], **options)
+        assert backend.graphs[0].sites[0].density == pytest.approx(report.sites[0].densities)
+
+
 class Scheduler:
     def __init__(self) -> None:
         self.timesteps, self.step_index = torch.linspace(1000, 100, 4), 0
