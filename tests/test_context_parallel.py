@@ -81,6 +81,7 @@ def _rank(rank: int, port: int, folder: str) -> None:
     try:
         results = {name: run(how, options, parallel=True) for name, (how, options) in CASES.items()}
         torch.save(results, Path(folder) / f"{rank}.pt")
+        dist.barrier()  # gloo may abort a process that leaves while another still talks to it
     finally:
         dist.destroy_process_group()
 

@@ -151,6 +151,7 @@ def _rank(rank: int, port: int, folder: str) -> None:
             grads = train(half)
             if rank == 0:
                 torch.save(grads, Path(folder) / f"{kind}.pt")
+        dist.barrier()  # gloo may abort a process that leaves while another still talks to it
     finally:
         dist.destroy_process_group()
 
