@@ -197,15 +197,20 @@ def emit(
     )
     if state.prefix:
         node._rename(f"{state.prefix}_{node.name}")
-    values = fx.map_arg(args, fake_value)
-    named = fx.map_arg(kwargs, fake_value)
+    node.meta["example_value"] = evaluate(state, node)
+    return node
+
+
+def evaluate(state: GraphState, node: fx.Node, values_of: Callable[[fx.Node], Any] = fake_value) -> Any:
+    """The fake value of a call, of what ``values_of`` gives for its operands."""
+    values = fx.map_arg(node.args, values_of)
+    named = fx.map_arg(node.kwargs, values_of)
     mode = fake_mode(_leaves((values, named))) or state.fake_mode
-    call = getattr(values[0], target) if isinstance(target, str) else target
-    inputs = values[1:] if isinstance(target, str) else values
+    call: Any = getattr(values[0], node.target) if isinstance(node.target, str) else node.target
+    inputs = values[1:] if isinstance(node.target, str) else values
     # As Dynamo does: without the Python dispatcher, torch 2.11 reads sizes of composite ops as numbers, with guards.
     with mode or contextlib.nullcontext(), enable_python_dispatcher():
-        node.meta["example_value"] = call(*inputs, **named)
-    return node
+        return call(*inputs, **named)
 
 
 def fake_mode(values: Iterable[Any]) -> FakeTensorMode | None:

@@ -19,7 +19,7 @@ from fpscompile.ir import Reason, Rejection
 from fpscompile.passes.aliasing import mutates
 from fpscompile.passes.axes import same
 from fpscompile.passes.base import GraphState, Replacement, copy_origin, emit, fake_tensor, shape_of
-from fpscompile.passes.strides import laid_out_as
+from fpscompile.passes.strides import is_written, laid_out_as
 
 COVERED = "fps_covered"
 """Meta key of author's calls that a canonical call stands for."""
@@ -81,6 +81,8 @@ def _before_upcast(node: fx.Node, dtype: torch.dtype) -> fx.Node:
     before, after = fake_tensor(source), _tensor(node)
     if before is None or before.dtype != dtype or before.device != after.device:
         return node
+    if is_written(source) or is_written(node):
+        return node
     return source if torch.promote_types(dtype, after.dtype) == after.dtype else node
 
 
@@ -105,11 +107,16 @@ def substitute(
     """
     place = anchor if anchor is not None else original
     ahead = place.prev
+    outer = next((node for node in (original, *covered) if node.kwargs.get("out") is not None), None)
+    if outer is not None:
+        message = f"looks like attention, but {outer} also writes its result into a tensor that is given (out=)"
+        state.near_misses.append(Rejection(Reason.SPELLING, message, None, original))
+        return None
     try:
         with state.graph.inserting_before(place):
             call, result = write()
             result = _as_before(state, result, original)
-    except (RuntimeError, TypeError, ValueError, AssertionError) as error:
+    except (RuntimeError, TypeError, ValueError, AssertionError, IndexError) as error:
         _erase(_between(ahead, place))
         message = f"looks like attention, but cannot be written as one call: {error}"
         state.near_misses.append(Rejection(Reason.SPELLING, message, None, original))
@@ -133,7 +140,10 @@ def _as_before(state: GraphState, result: fx.Node, original: fx.Node) -> fx.Node
         raise ValueError(f"the result is {list(actual.shape)}, not {list(expected.shape)}")
     if actual.dtype != expected.dtype:
         result = emit(state, "to", (result, expected.dtype))
-    return laid_out_as(state, result, original)
+    laid_out = laid_out_as(state, result, original)
+    # Attention keeps its output for the backward; a product of matrices does not, and may be written into.
+    kept = laid_out is result and expected.requires_grad and is_written(original)
+    return emit(state, "clone", (result,)) if kept else laid_out
 
 
 def idle_readers(node: fx.Node) -> tuple[fx.Node, ...] | None:

@@ -16,6 +16,9 @@ from fpscompile.passes.base import GraphState, emit, fake_tensor, shape_of
 from fpscompile.passes.canonical import attention, substitute
 from fpscompile.passes.contraction import Contraction
 
+LOWEST = -1e38
+"""The least bias that a masked score gets: times the softmax's log2(e), float32 still has it."""
+
 
 @dataclass(frozen=True)
 class Written:
@@ -97,7 +100,8 @@ class Match:
             return mask if self.shown else emit(state, "logical_not", (mask,))
         if self.fill is not None:  # as a bias: a row that is masked in full stays uniform, as it was
             hidden = emit(state, "logical_not", (mask,)) if self.shown else mask
-            return emit(state, "mul", (emit(state, "to", (hidden, dtype)), self.fill))
+            wide = torch.promote_types(dtype, torch.float32)  # as scores are: half precision would make it infinite
+            return emit(state, "mul", (emit(state, "to", (hidden, wide)), max(self.fill, LOWEST)))
         # A bool tensor that is added means 0 or 1; as SDPA's mask it would mean something else.
         return emit(state, "to", (mask, dtype)) if fake_tensor(mask).dtype == torch.bool else mask  # type: ignore[union-attr]
 

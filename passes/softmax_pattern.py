@@ -26,7 +26,7 @@ import torch
 from torch import fx
 
 from fpscompile.ir import Reason, Rejection
-from fpscompile.passes.aliasing import mode_changes_between, written_between
+from fpscompile.passes.aliasing import mode_changes_between, mutates, written_between
 from fpscompile.passes.axes import same
 from fpscompile.passes.base import GraphState, argument, fake_tensor, fake_value, pinned, shape_of, target_name
 from fpscompile.passes.contraction import PRODUCTS, Contraction, read_contraction
@@ -247,7 +247,7 @@ def _made_of(shift: Any, scores: Any) -> list[fx.Node]:
     found: list[fx.Node] = []
     node = shift
     while isinstance(node, fx.Node) and node is not scores:
-        if len(node.users) != 1 or len(found) > 4 or not node.all_input_nodes:
+        if len(node.users) != 1 or len(found) > 4 or not node.all_input_nodes or mutates(node):
             return []
         found.append(node)
         node = node.all_input_nodes[0]

@@ -107,8 +107,13 @@ def _problem(node: fx.Node, trails: Sequence[tuple[fx.Node, tuple[fx.Node, ...]]
     mask = first.kwargs["attn_mask"]
     if isinstance(mask, fx.Node) and len(shape_of(mask)) >= 2 and shape_of(mask)[-2].expr != 1:
         return "its masks differ from query to query"
-    earliest = min(calls)
     read = [tensor for call in calls for tensor in (*call.args[:3], mask)]
+    own: list[fx.Node] = []
+    for operands in zip(*([*call.args[:3], call.kwargs["attn_mask"]] for call in calls), strict=True):
+        each, shared = _apart(operands)
+        own += each
+        read += each + shared
+    earliest = min(calls + own)  # what each has for itself is computed once, from what is there at the end
     if written_between(earliest, node, read, ()) is not None or mode_changes_between(earliest, node) is not None:
         return "its inputs or its modes change between the pieces"
     slices = [_slice_of(call.args[0]) for call in calls]
@@ -213,6 +218,19 @@ def _becomes_tokens(item: _Slice) -> bool:
         tracer.visit(step)
     axis = tracer.label(item.steps[-1])[2]
     return len(axis) == 1 and getattr(axis[0], "name", "") == "L"
+
+
+def _apart(values: Sequence[Any]) -> tuple[list[fx.Node], list[fx.Node]]:
+    """Nodes that pieces have each for itself, one spelled as the other, and those that they share under them."""
+    nodes = [value for value in values if isinstance(value, fx.Node)]
+    if len(set(nodes)) <= 1:
+        return [], nodes[:1]
+    own, shared = list(nodes), []
+    for operands in zip(*(node.args for node in nodes), strict=False):
+        more, under = _apart(operands)
+        own += more
+        shared += under
+    return own, shared
 
 
 def _equal(left: Any, right: Any, depth: int = DEPTH) -> bool:
