@@ -20,7 +20,7 @@ from fpscompile.graph_breaks import notes_on_breaks
 from fpscompile.graph_view import neighbourhood
 from fpscompile.ir import AttentionSite, Reason
 from fpscompile.lowerings import cpp
-from fpscompile.passes.base import GraphState, fake_tensor, module_path
+from fpscompile.passes.base import GraphState, device_type, fake_tensor, module_path
 from fpscompile.passes.layers import VariantsOfCall, shared_block
 from fpscompile.passes.lower_sites import GRID, LAYERS, PROGRESS
 from fpscompile.passes.pipeline import run_pipeline
@@ -361,18 +361,13 @@ def _memory_options(gm: fx.GraphModule) -> dict[str, Any]:
     """
     graphs = (module.graph for module in gm.modules() if isinstance(module, fx.GraphModule))
     attention = (node for graph in graphs for node in graph.nodes if node.target is torch.ops.fps.attention.default)
-    on_gpu = any(_device_type(query) == "cuda" for query in (node.args[0] for node in attention))
+    on_gpu = any(device_type(query) == "cuda" for query in (node.args[0] for node in attention))
     return {"allow_buffer_reuse": False} if on_gpu else {}
-
-
-def _device_type(node: Any) -> str | None:
-    value = fake_tensor(node)
-    return value.device.type if value is not None else None
 
 
 def _check_cpp_compiler(gm: fx.GraphModule) -> None:
     """Inductor's own message does not say what to do instead."""
-    if not any(value.device.type == "cpu" for node in gm.graph.nodes if (value := fake_tensor(node)) is not None):
+    if not any(device_type(node) == "cpu" for node in gm.graph.nodes):
         return
     from torch._inductor.cpp_builder import get_cpp_compiler
     from torch._inductor.exc import InvalidCxxCompiler

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 import operator
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -72,14 +72,8 @@ def _bodies(node: fx.Node) -> Iterator[fx.Graph]:
 
 def _writes_operand(body: fx.Graph) -> bool:
     """Whether a body writes into what it is given, and not only into tensors of its own."""
-    given = [node for node in body.nodes if node.op in ("placeholder", "get_attr")]
-    memory = {memory_of(node) for node in given} - {None}
-    return any(
-        base_of(target) in given or memory_of(target) in memory
-        for node in body.nodes
-        if mutates(node)
-        for target in targets_of(node)
-    )
+    given = held_by(node for node in body.nodes if node.op in ("placeholder", "get_attr"))
+    return any(given(target) for node in body.nodes if mutates(node) for target in targets_of(node))
 
 
 def targets_of(node: fx.Node) -> Iterator[fx.Node]:
@@ -134,22 +128,21 @@ def memory_of(node: Any) -> int | None:
         return None
 
 
-def share_memory(a: Any, b: Any) -> bool:
-    """Whether two nodes may be of the same memory."""
-    memory = memory_of(a)
-    return base_of(a) is base_of(b) or (memory is not None and memory == memory_of(b))
+def held_by(tensors: Iterable[Any]) -> Callable[[fx.Node], bool]:
+    """Tells of a node whether it may be of the memory of one of ``tensors``."""
+    nodes = [tensor for tensor in tensors if isinstance(tensor, fx.Node)]
+    bases, memory = {base_of(node) for node in nodes}, {memory_of(node) for node in nodes} - {None}
+    return lambda node: base_of(node) in bases or memory_of(node) in memory
 
 
 def written_between(first: fx.Node, last: fx.Node, tensors: Iterable[Any], own: Iterable[fx.Node]) -> fx.Node | None:
     """A node strictly between two nodes, not one of ``own``, that may write into one of ``tensors``."""
-    read = [tensor for tensor in tensors if isinstance(tensor, fx.Node)]
-    bases, memory = {base_of(tensor) for tensor in read}, {memory_of(tensor) for tensor in read} - {None}
-    owned = set(own)
+    held, owned = held_by(tensors), set(own)
     node = first.next
     while node is not last and node.op != "root":
         if node not in owned and mutates(node):
             targets = [arg for arg in node.all_input_nodes if fake_tensor(arg) is not None]
-            if any(base_of(target) in bases or memory_of(target) in memory for target in targets):
+            if any(map(held, targets)):
                 return node
         node = node.next
     return None

@@ -158,6 +158,12 @@ def fake_tensor(node: Any) -> torch.Tensor | None:
     return value if isinstance(value, torch.Tensor) else None
 
 
+def device_type(node: Any) -> str | None:
+    """The type of the device that a node's tensor is on; None when it has none."""
+    value = fake_tensor(node)
+    return value.device.type if value is not None else None
+
+
 def size_of(value: int | torch.SymInt) -> Size:
     """A dimension as expression and hint, without installing a guard.
 

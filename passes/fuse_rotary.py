@@ -35,7 +35,17 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from fpscompile.passes.aliasing import mode_changes_between, mutates, written_between
 from fpscompile.passes.axes import same
-from fpscompile.passes.base import GraphState, argument, copy_origin, emit, fake_tensor, shape_of, target_name, words
+from fpscompile.passes.base import (
+    GraphState,
+    argument,
+    copy_origin,
+    device_type,
+    emit,
+    fake_tensor,
+    shape_of,
+    target_name,
+    words,
+)
 from fpscompile.rotary_op import LONGEST
 
 VIEWS = words("unflatten view reshape flatten")
@@ -251,5 +261,4 @@ def _calls(node: Any, name: str) -> bool:
 
 
 def _on_gpu(node: fx.Node) -> bool:
-    value = fake_tensor(node)
-    return value is not None and value.device.type == "cuda"
+    return device_type(node) == "cuda"

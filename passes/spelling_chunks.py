@@ -107,14 +107,17 @@ def _problem(node: fx.Node, trails: Sequence[tuple[fx.Node, tuple[fx.Node, ...]]
     mask = first.kwargs["attn_mask"]
     if isinstance(mask, fx.Node) and len(shape_of(mask)) >= 2 and shape_of(mask)[-2].expr != 1:
         return "its masks differ from query to query"
-    read = [tensor for call in calls for tensor in (*call.args[:3], mask)]
     own: list[fx.Node] = []
-    for operands in zip(*([*call.args[:3], call.kwargs["attn_mask"]] for call in calls), strict=True):
-        each, shared = _apart(operands)
+    shared: list[fx.Node] = []
+    for operands in zip(*((*call.args[:3], call.kwargs["attn_mask"]) for call in calls), strict=True):
+        each, under = _apart(operands)
         own += each
-        read += each + shared
+        shared += under
     earliest = min(calls + own)  # what each has for itself is computed once, from what is there at the end
-    if written_between(earliest, node, read, ()) is not None or mode_changes_between(earliest, node) is not None:
+    if (
+        written_between(earliest, node, own + shared, ()) is not None
+        or mode_changes_between(earliest, node) is not None
+    ):
         return "its inputs or its modes change between the pieces"
     slices = [_slice_of(call.args[0]) for call in calls]
     if any(item is None for item in slices) or not _cover(slices):  # type: ignore[arg-type]

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from fpscompile.passes.aliasing import memory_of, mutates, share_memory, targets_of
+from fpscompile.passes.aliasing import held_by, memory_of, mutates, targets_of
 from fpscompile.passes.base import GraphState, emit, evaluate, fake_tensor, fake_value, target_name, words
 
 READ = words("stride is_contiguous data_ptr as_strided storage_offset untyped_storage storage")
@@ -33,7 +33,7 @@ def laid_out_as(state: GraphState, result: fx.Node, original: fx.Node) -> fx.Nod
 
 def is_written(original: fx.Node) -> bool:
     """Whether something writes into what a node gives, or into a view of it."""
-    return any(share_memory(target, original) for target in _written_behind(original))
+    return any(map(held_by([original]), _written_behind(original)))
 
 
 def _shows(state: GraphState, result: fx.Node, original: fx.Node) -> bool:
@@ -64,12 +64,11 @@ def _shows(state: GraphState, result: fx.Node, original: fx.Node) -> bool:
             parted += [node, *sources]
         if not _same_strides(fake_value(node), value):
             other[node] = value
-    return any(share_memory(target, node) for node in parted for target in _written_behind(original))
+    return bool(parted) and any(map(held_by(parted), _written_behind(original)))
 
 
 def _is_view(value: Any, source: Any) -> bool:
-    first = value[0] if isinstance(value, (tuple, list)) and value else value
-    memory = memory_of(first)
+    memory = memory_of(value[0] if isinstance(value, (tuple, list)) and value else value)
     return memory is not None and memory == memory_of(source)
 
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import fx
 
-from fpscompile.passes.aliasing import base_of, share_memory, targets_of
+from fpscompile.passes.aliasing import base_of, held_by, targets_of
 from fpscompile.passes.axes import Axis, Label, fresh, leaves, sources
 from fpscompile.passes.axis_rules import RULES, keeps_positions
 from fpscompile.passes.base import fake_tensor, fake_value, size_of, target_name, words
@@ -95,7 +95,8 @@ def _settle(tracer: Tracer, target: fx.Node, label: Label) -> None:
     """``target`` is made of ``label`` from now on; what shares its memory, of nothing known, if that is news."""
     if label == tracer.label(target):
         return
-    for node in [node for node in tracer.labels if node is not target and share_memory(node, target)]:
+    held = held_by([target])
+    for node in [node for node in tracer.labels if node is not target and held(node)]:
         tracer.labels[node] = _unknown(tracer, node, f"{node.name} written")
     tracer.labels[target] = label
 

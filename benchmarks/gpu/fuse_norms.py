@@ -16,6 +16,7 @@ kernels have no gradients.
 from __future__ import annotations
 
 import operator
+from collections.abc import Callable
 from typing import Any
 
 import norm_to_e4m3 as kernels
@@ -24,12 +25,14 @@ from quantize_rows import E4M3_MAX, MOST
 from torch import fx
 from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_files
 
-from fpscompile.passes.aliasing import base_of, mutates
+from fpscompile.passes.aliasing import held_by, mutates
 
 OPS = torch.ops.fps_bench
 CASTS = ("to", "type_as", "float")
 ADD = (operator.add, torch.add, "add")
 MUL = (operator.mul, torch.mul, "mul")
+Written = Callable[[fx.Node], bool]
+"""Whether something in the graph writes into a node's memory."""
 
 
 class FuseNorms(CustomGraphPass):
@@ -37,10 +40,10 @@ class FuseNorms(CustomGraphPass):
 
     def __call__(self, graph: fx.Graph) -> None:
         known: dict[Any, fx.Node] = {}
-        written = {base_of(x) for node in graph.nodes if mutates(node) for x in node.all_input_nodes}
+        written = held_by(x for node in graph.nodes if mutates(node) for x in node.all_input_nodes)
         for node in list(graph.find_nodes(op="call_method", target="to")):
             quantized = _quantized(node)
-            if quantized is None or base_of(quantized[0]) in written:
+            if quantized is None or written(quantized[0]):
                 continue
             if quantized not in known:
                 known[quantized] = _fused(graph, node, *quantized, written)
@@ -66,7 +69,7 @@ def _quantized(node: fx.Node) -> tuple[fx.Node, Any] | None:
     return rows.args[0], inverse
 
 
-def _fused(graph: fx.Graph, node: fx.Node, x: fx.Node, inverse: Any, written: set[fx.Node]) -> fx.Node:
+def _fused(graph: fx.Graph, node: fx.Node, x: fx.Node, inverse: Any, written: Written) -> fx.Node:
     """What takes the place of ``node``, which quantizes x; of the sum that a norm is of too, if x is one."""
     found = _modulated_norm(x)
     if found is None or _meets(x, found[:3], written):
@@ -90,7 +93,7 @@ def _fused(graph: fx.Graph, node: fx.Node, x: fx.Node, inverse: Any, written: se
     return values
 
 
-def _meets(x: fx.Node, ends: tuple[Any, ...], written: set[fx.Node]) -> bool:
+def _meets(x: fx.Node, ends: tuple[Any, ...], written: Written) -> bool:
     """Whether something between ``ends`` and x, both among it, is written in place."""
     seen: set[fx.Node] = set()
     waiting = [x]
@@ -99,7 +102,7 @@ def _meets(x: fx.Node, ends: tuple[Any, ...], written: set[fx.Node]) -> bool:
         if node not in seen:
             seen.add(node)
             waiting += () if node in ends else node.all_input_nodes
-    return any(base_of(node) in written for node in seen)
+    return any(map(written, seen))
 
 
 def _scaled(graph: fx.Graph, factor: fx.Node, shift: fx.Node, inverse: Any) -> list[fx.Node]:
