@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import logging
+import math
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -15,12 +16,14 @@ import torch
 from torch import fx
 
 from fpscompile import runtime
-from fpscompile.errors import CompilerMissingError, FpsError, OptionError, StrictError
+from fpscompile.errors import FpsError, StrictError
 from fpscompile.graph_breaks import notes_on_breaks
 from fpscompile.graph_view import neighbourhood
+from fpscompile.inner import Compiled, check_cpp_compiler, inner_compiler, note_on_graphs
 from fpscompile.ir import AttentionSite, Reason
+from fpscompile.kept import capturing, integers
 from fpscompile.lowerings import cpp
-from fpscompile.passes.base import GraphState, device_type, fake_tensor, module_path
+from fpscompile.passes.base import GraphState, fake_tensor, module_path
 from fpscompile.passes.layers import VariantsOfCall, shared_block
 from fpscompile.passes.lower_sites import GRID, LAYERS, PROGRESS
 from fpscompile.passes.pipeline import run_pipeline
@@ -30,10 +33,15 @@ from fpscompile.settings import Settings
 
 logger = logging.getLogger(__name__)
 
-Compiled = Callable[..., Any]
-
 LOUD = ("tuning-ignored", "calibration-ignored")
 """Notes that are logged as warnings though strict accepts them: the model is right, only not as it was asked for."""
+
+
+CAPTURED = (
+    "a CUDA graph is being captured around compiled code that fpscompile.attach tells the denoising step: replays keep "
+    "the phase of this step (progress %.3f). Capture one graph per phase, or compile the whole model and attach it "
+    "without a scheduler: its timestep input then tells the phase at every replay"
+)
 
 
 def fps(
@@ -59,21 +67,30 @@ def fps(
 class Backend:
     """The backend as an object that keeps its records: ``torch.compile(model, backend=Backend(settings))``."""
 
-    def __init__(self, settings: Settings | None = None, mode: str | None = None, *, detail: bool = False) -> None:
+    def __init__(
+        self,
+        settings: Settings | None = None,
+        mode: str | None = None,
+        *,
+        detail: bool = False,
+        inner: Callable[[fx.GraphModule, list[Any]], Compiled] | None = None,
+    ) -> None:
         self.settings = settings or Settings()
         self.mode = mode
         self.detail = detail
         """Whether records keep the graphs' code and pictures; costs time and memory on large graphs."""
+        self.inner = inner
+        """Compiles rewritten graphs instead of the settings' inner compiler."""
         self.graphs: list[GraphRecord] = []
 
     def __call__(self, gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Compiled:
-        inner = inner_compiler(self.settings, self.mode)
-        record, state = rewrite(gm, self.settings, detail=self.detail)
+        inner = self.inner or inner_compiler(self.settings, self.mode)
+        record, state = rewrite(gm, self.settings, self.mode, detail=self.detail)
         _log(record)
         if self.settings.strict:
             _check_strict(record)
-        if self.settings.inner == "inductor":
-            _check_cpp_compiler(gm)
+        if self.inner is None and self.settings.inner == "inductor":
+            check_cpp_compiler(gm)
         extra = [node for node in gm.graph.nodes if node.op == "placeholder"][len(example_inputs) :]
         _build_ahead(state)
         compiled = inner(gm, [*example_inputs, *_examples_of(extra)])
@@ -86,7 +103,9 @@ class Backend:
         return _met(compiled, attention)
 
 
-def rewrite(gm: fx.GraphModule, settings: Settings, *, detail: bool = False) -> tuple[GraphRecord, GraphState]:
+def rewrite(
+    gm: fx.GraphModule, settings: Settings, mode: str | None = None, *, detail: bool = False
+) -> tuple[GraphRecord, GraphState]:
     """Run the passes on ``gm`` and record what they decided. ``gm`` gets a new graph; the captured one stays whole."""
     began = time.perf_counter()
     captured = gm.graph
@@ -127,6 +146,7 @@ def rewrite(gm: fx.GraphModule, settings: Settings, *, detail: bool = False) -> 
         state.note("info", f"near-miss-{miss.code.value}", f"{miss.node}: {miss.message}")
     if not os.environ.get("FPS_DISABLE", "0").strip("0"):
         state.notes += notes_on_breaks(gm, record.sites, [str(miss.message) for miss in state.near_misses])
+    note_on_graphs(state, settings, mode)
     record.notes = state.notes
     record.settings = state.settings  # with a calibration, where the tuning file holds one
     record.progress_source = state.progress_source
@@ -253,14 +273,18 @@ def _with_inputs(compiled: Compiled, state: GraphState, devices: Sequence[torch.
     """``compiled`` with the appended inputs filled on every call, from whoever publishes them."""
     names = tuple(state.inputs)
     variants = VariantsOfCall(state) if LAYERS in names else None
+    told: set[float] = set()
 
     def call(*args: Any) -> Any:
         with runtime.running(args) as (progress, grid):
             values = {
                 PROGRESS: lambda device: torch.full((1,), progress, device=device),
                 GRID: lambda device: torch.tensor(grid or (0, 0, 0), dtype=torch.int64),
-                LAYERS: lambda device: torch.tensor(variants(args), dtype=torch.int32, device=device),  # type: ignore[misc]
+                LAYERS: lambda device: integers(variants(args), device),  # type: ignore[misc]
             }
+            if PROGRESS in names and not math.isnan(progress) and progress not in told and any(map(capturing, devices)):
+                told.add(progress)
+                logger.warning(CAPTURED, progress)
             return compiled(*args, *(values[name](device) for name, device in zip(names, devices, strict=True)))
 
     return call
@@ -298,84 +322,3 @@ def _examples_of(nodes: Sequence[fx.Node]) -> list[torch.Tensor]:
             for value in map(fake_tensor, nodes)
             if value is not None
         ]
-
-
-def inner_compiler(settings: Settings, mode: str | None) -> Callable[[fx.GraphModule, list[Any]], Compiled]:
-    """The compiler for everything else.
-
-    Raises:
-        OptionError: an unknown inner name or mode, or a mode for a compiler that has none.
-    """
-    inner, options = settings.inner, dict(settings.inner_options)
-    if inner == "inductor":
-        return _inductor(options, mode)
-    if mode not in (None, "default"):
-        raise OptionError(f"mode={mode!r} is Inductor's; it cannot be combined with inner={inner!r}")
-    if callable(inner):
-        function = inner
-    else:
-        try:
-            function = torch._dynamo.lookup_backend(inner)
-        except Exception as error:
-            known = sorted({*torch.compiler.list_backends(), "eager", "aot_eager"} - {"fps"})
-            raise OptionError(
-                f"inner={inner!r} is no registered backend; choose one of {', '.join(known)}, or pass a callable "
-                f"({error})"
-            ) from None
-    if options:
-        return lambda gm, inputs: function(gm, inputs, options=options)
-    return function
-
-
-def _inductor(options: dict[str, Any], mode: str | None) -> Callable[[fx.GraphModule, list[Any]], Compiled]:
-    import torch._inductor
-    from torch._inductor import compile_fx
-
-    patches: dict[str, Any] = {}
-    if mode not in (None, "default"):
-        modes = torch._inductor.list_mode_options()
-        if mode not in modes:
-            raise OptionError(f"mode={mode!r} is unknown; Inductor has {', '.join(map(repr, modes))}")
-        patches |= modes[mode]
-    known = torch._inductor.config.get_config_copy()
-    for key, value in options.items():
-        name = key.replace("-", "_")
-        if name not in known:
-            raise OptionError(f"inner_options has no key {key!r}: it is not an option of Inductor")
-        patches[name] = value
-
-    def inductor(gm: fx.GraphModule, inputs: list[Any]) -> Compiled:
-        compiled: Any = compile_fx.compile_fx(gm, inputs, config_patches={**_memory_options(gm), **patches} or None)
-        return compiled  # type: ignore[no-any-return]
-
-    return inductor
-
-
-def _memory_options(gm: fx.GraphModule) -> dict[str, Any]:
-    """Inductor's option that frees buffers as soon as they are read, for graphs whose attention runs on a GPU.
-
-    By default Inductor keeps a buffer for a later one of its size where it expects a higher peak elsewhere. It does not
-    see the buffers that attention allocates inside, and overrates elementwise operations that it then does in place: in
-    Wan it kept the blocks' normalized input through attention, the true peak. PyTorch's allocator for GPUs hands out
-    freed memory at once; on CPUs it would come as new pages, to be zeroed by the kernel, so there nothing changes.
-    """
-    graphs = (module.graph for module in gm.modules() if isinstance(module, fx.GraphModule))
-    attention = (node for graph in graphs for node in graph.nodes if node.target is torch.ops.fps.attention.default)
-    on_gpu = any(device_type(query) == "cuda" for query in (node.args[0] for node in attention))
-    return {"allow_buffer_reuse": False} if on_gpu else {}
-
-
-def _check_cpp_compiler(gm: fx.GraphModule) -> None:
-    """Inductor's own message does not say what to do instead."""
-    if not any(device_type(node) == "cpu" for node in gm.graph.nodes):
-        return
-    from torch._inductor.cpp_builder import get_cpp_compiler
-    from torch._inductor.exc import InvalidCxxCompiler
-
-    try:
-        get_cpp_compiler()
-    except InvalidCxxCompiler as error:
-        raise CompilerMissingError(
-            'inner="inductor" needs a C++ compiler for CPU graphs and found none: install g++ or clang, or pass '
-            f"options={{'inner': 'aot_eager'}}, which needs none ({error})"
-        ) from None

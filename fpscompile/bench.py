@@ -10,9 +10,10 @@ from typing import Any
 
 import torch
 
-from fpscompile.backend import Backend, inner_compiler
+from fpscompile.backend import Backend
 from fpscompile.capture import captured
 from fpscompile.errors import OptionError
+from fpscompile.inner import inner_compiler
 from fpscompile.report import Report
 from fpscompile.settings import Settings
 

@@ -27,6 +27,6 @@ def explain(model: Any, *args: Any, options: Mapping[str, Any] | None = None, **
         OptionError: bad options.
     """
     settings = Settings.from_options(options)
-    backend = Backend(dataclasses.replace(settings, strict=False, inner="eager", inner_options=()), detail=True)
+    backend = Backend(dataclasses.replace(settings, strict=False), detail=True, inner=lambda gm, _: gm.forward)
     captured(model, backend)(*args, **kwargs)
     return Report(backend.graphs, settings)

@@ -18,9 +18,9 @@ apart, 4, 8, ... up to W / 2; the factor last.
 
 from __future__ import annotations
 
-import functools
-
 import torch
+
+from fpscompile.kept import kept
 
 
 def rotated_dim(dim: int) -> int:
@@ -54,7 +54,7 @@ def _transform(x: torch.Tensor) -> torch.Tensor:
     return x * width**-0.5
 
 
-@functools.lru_cache(maxsize=32)
+@kept(maxsize=32)
 def _signs(width: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
     """[width] of 1 and -1."""
     bits = sign_bits(width)

@@ -30,6 +30,7 @@ from dataclasses import dataclass
 
 import torch
 
+from fpscompile.kept import kept
 from fpscompile.key_mask import additive, visible_keys
 from fpscompile.lowerings import dense
 from fpscompile.masks import BlockMask
@@ -272,7 +273,7 @@ def _drops(resolved: ResolvedPlan, block_mask: BlockMask | None) -> bool:
     return block_mask is not None or min(resolved.densities) < 1.0
 
 
-@functools.lru_cache(maxsize=64)
+@kept(maxsize=64)
 def _dropped(resolved: ResolvedPlan, device: torch.device) -> torch.Tensor:
     """bool [phases, 1 | H, query tiles, N]: the video's key tiles that each query tile does not see; others see all."""
     return _without(resolved.block_mask, resolved).to(device)
@@ -283,7 +284,7 @@ def _without(mask: BlockMask, resolved: ResolvedPlan) -> torch.Tensor:
     return ~mask.to_dense(resolved.k_layout.n_tiles)[..., first : first + resolved.k_layout.video_tiles]
 
 
-@functools.lru_cache(maxsize=64)
+@kept(maxsize=64)
 def _tile_of(layout: TileLayout, device: torch.device) -> torch.Tensor:
     """int64 [video tokens]: the video tile of each."""
     tiles = place_of_token(layout)[0][layout.before : layout.before + layout.video]

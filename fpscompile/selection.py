@@ -26,6 +26,7 @@ from typing import Any
 import torch
 
 from fpscompile.errors import GridError, UnsupportedError
+from fpscompile.kept import kept
 from fpscompile.masks import BlockMask, with_others
 from fpscompile.plan import ResolvedPlan
 from fpscompile.tiling import TileLayout
@@ -159,7 +160,7 @@ def _pooled(x: torch.Tensor, layout: TileLayout, dim: int) -> torch.Tensor:
     return x.flatten(dim, dim + 2)
 
 
-@functools.lru_cache(maxsize=64)
+@kept(maxsize=64)
 def tile_sizes(layout: TileLayout, device: torch.device) -> torch.Tensor:
     """float32 [N]: tokens of each video tile."""
     sizes = layout.sizes()[layout.before_tiles : layout.before_tiles + layout.video_tiles]
@@ -182,7 +183,7 @@ def _key_means(
     return means.repeat_interleave(heads // means.shape[1], 1), empty
 
 
-@functools.lru_cache(maxsize=32)
+@kept(maxsize=32)
 def _sets(resolved: ResolvedPlan, device: torch.device) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """(always, eligible: bool [phases, 1 | heads, N, N]; extra: int64 [phases, 1 | heads]) on ``device``."""
     sets = [resolved.tile_sets(phase) for phase in range(len(resolved.windows))]

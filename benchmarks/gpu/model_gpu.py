@@ -3,14 +3,14 @@
 FP8 linear layers come with dynamic and with static scales (:mod:`fp8_linear`).
 
     python benchmarks/gpu/model_gpu.py [--models 1.3B 14B] [--sizes 480p 720p] [--density 0.2 0.09 0.05]
-        [--variants inductor "fps, fp8 linears" "fps, static fp8 linears"] [--json PATH]
+        [--variants inductor "fps, fp8 linears" "fps, static fp8 linears"] [--cuda-graphs] [--json PATH]
 
     torchrun --nproc-per-node 2 benchmarks/gpu/model_gpu.py ...      # Ulysses: N GPUs share the tokens of one step
 
 Random weights, random latents, batch 1. Every variant compiles the repeated blocks (``compile_repeated_blocks``), so
 that all pay the same compile. What has sparse attention gets a row for each density. Times are medians of CUDA-event
 timings; memory is the peak above the weights: of what tensors ask for, and of what the allocator hands out, whose
-blocks may be a mebibyte larger.
+blocks may be a mebibyte larger. With ``--cuda-graphs`` the step is also captured as one CUDA graph and replayed.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ import os
 import statistics
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +46,8 @@ MODELS = {
 }
 GPUS, RANK = (int(os.environ.get(name, default)) for name, default in (("WORLD_SIZE", 1), ("RANK", 0)))
 SIZES = {"480p": (21, 60, 104), "720p": (21, 90, 160)}
+TILES = {"480p": (7, 6, 6), "720p": (7, 9, 4)}
+"""Tiles that divide the grids, as :mod:`attention_gpu` has them."""
 CALIBRATION = (5, 30, 52)
 """Frames, height and width of the latents that static scales are calibrated with."""
 
@@ -91,24 +94,21 @@ def to_fp8(model: torch.nn.Module, which: str) -> dict[str, Any]:
     return {"pre_grad_custom_pass": FuseNorms()} if scales else {}
 
 
+@torch.no_grad()
 def measure(model: torch.nn.Module, arguments: dict[str, Any], rounds: int) -> tuple[torch.Tensor, dict[str, float]]:
+    """(output, figures) of steps launched from Python."""
     start = time.perf_counter()
-    with torch.no_grad():
-        out = model(**arguments)[0]
-        torch.cuda.synchronize()
-        first = time.perf_counter() - start
-        torch.cuda.reset_peak_memory_stats()
-        weights = torch.cuda.memory_stats()
-        times = []
-        for _ in range(rounds):
-            if GPUS > 1:
-                dist.barrier()
-            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            begin.record()
-            out = model(**arguments)[0]
-            end.record()
-            torch.cuda.synchronize()
-            times.append(begin.elapsed_time(end))
+    out = model(**arguments)[0]
+    torch.cuda.synchronize()
+    first = time.perf_counter() - start
+    torch.cuda.reset_peak_memory_stats()
+    weights = torch.cuda.memory_stats()
+    times = []
+    for _ in range(rounds):
+        if GPUS > 1:
+            dist.barrier()
+        out, ms = timed(lambda: model(**arguments)[0])
+        times.append(ms)
     stats = torch.cuda.memory_stats()
     peaks = {
         name: (stats[f"{kind}.all.peak"] - weights[f"{kind}.all.current"]) / 2**20
@@ -117,12 +117,42 @@ def measure(model: torch.nn.Module, arguments: dict[str, Any], rounds: int) -> t
     return out, {"ms": statistics.median(times), "first_s": first, **peaks}
 
 
+def timed(call: Callable[[], Any]) -> tuple[Any, float]:
+    """(what ``call`` returns, milliseconds)."""
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    begin.record()
+    out = call()
+    end.record()
+    torch.cuda.synchronize()
+    return out, begin.elapsed_time(end)
+
+
+@torch.no_grad()
+def replayed(
+    model: torch.nn.Module, arguments: dict[str, Any], rounds: int, expected: torch.Tensor
+) -> dict[str, float | str]:
+    """Figures of the step as one CUDA graph; its output's distance is from the step launched from Python."""
+    try:
+        torch.cuda.empty_cache()
+        before = torch.cuda.memory_reserved()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            out = model(**arguments)[0]
+        kept = torch.cuda.memory_reserved() - before
+        out.fill_(float("nan"))
+        times = [timed(graph.replay)[1] for _ in range(rounds)]
+        distance = ((out.float() - expected.float()).norm() / expected.float().norm()).item()
+    except Exception as error:
+        return {"graph_failed": f"{type(error).__name__}: {error}"[:300]}
+    return {"graph_ms": statistics.median(times), "graph_mib": kept / 2**20, "graph_difference": distance}
+
+
 def variant(
-    name: str, size: str, which: str, density: float, tile: tuple[int, int, int], rounds: int, layers: int | None
+    name: str, size: str, which: str, density: float, options: argparse.Namespace
 ) -> tuple[torch.Tensor, dict[str, Any]]:
     torch._dynamo.reset()
     counters.clear()
-    model = build(name, layers)
+    model, given = build(name, options.layers), inputs(size)
     whole = GPUS == 1  # diffusers' hook that shares out the tokens breaks the graph of the first block
     inner = to_fp8(model, which)
     if GPUS > 1:
@@ -130,12 +160,14 @@ def variant(
     attachment = None
     if which.startswith("fps"):
         attachment = fpscompile.attach(model)
-        options = {"tile": tile, "density": density, "quant": "none" if "bf16" in which else "fp8"}
-        options["inner_options"] = inner
-        model.compile_repeated_blocks(backend=fps, fullgraph=whole, options=options)
+        tile = tuple(options.tile or TILES[size])
+        how = {"tile": tile, "density": density, "quant": "none" if "bf16" in which else "fp8", "inner_options": inner}
+        model.compile_repeated_blocks(backend=fps, fullgraph=whole, options=how)
     elif which != "eager":
         model.compile_repeated_blocks(backend="inductor", fullgraph=whole, options=inner or None)
-    out, row = measure(model, inputs(size), rounds)
+    out, row = measure(model, given, options.rounds)
+    if options.cuda_graphs:
+        row |= replayed(model, given, options.rounds, out)
     row |= {"graphs": counters["stats"]["unique_graphs"], "model": name, "size": size}
     row |= {"variant": which, "density": density, "gpus": GPUS}
     if attachment is not None:
@@ -151,6 +183,13 @@ def rows_of(variants: list[str], densities: list[float]) -> list[tuple[str, floa
     return [(which, d) for which in variants for d in (densities if which.startswith("fps") else [1.0])]
 
 
+def write(options: argparse.Namespace, rows: list[dict[str, Any]]) -> None:
+    if options.json:
+        machine = {"gpu": torch.cuda.get_device_name(), "torch": torch.__version__, "triton": triton.__version__}
+        report = {"benchmark": "model_gpu", "machine": machine, "options": vars(options), "rows": rows}
+        Path(options.json).write_text(json.dumps(report, indent=1))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--models", nargs="+", default=list(MODELS))
@@ -159,7 +198,8 @@ def main() -> None:
         "--variants", nargs="+", default=["inductor", "inductor, fp8 linears", "fps", "fps, fp8 linears"]
     )
     parser.add_argument("--density", nargs="+", type=float, default=[0.2], help="of the rows with fps")
-    parser.add_argument("--tile", type=int, nargs=3, default=(7, 9, 4))
+    parser.add_argument("--tile", type=int, nargs=3, default=None, help="default: one that fits the size")
+    parser.add_argument("--cuda-graphs", action="store_true", help="also the whole step as one CUDA graph")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--layers", type=int, default=None)
     parser.add_argument("--json", default=None)
@@ -173,7 +213,7 @@ def main() -> None:
             base = None
             for which, density in rows_of(options.variants, options.density):
                 try:
-                    out, row = variant(name, size, which, density, tuple(options.tile), options.rounds, options.layers)
+                    out, row = variant(name, size, which, density, options)
                 except Exception as error:
                     print(name, size, which, density, "failed:", type(error).__name__, str(error)[:600], flush=True)
                     torch.cuda.empty_cache()
@@ -185,13 +225,10 @@ def main() -> None:
                     row["difference"] = ((out.float() - base[1].float()).norm() / base[1].float().norm()).item()
                 rows.append(row)
                 if RANK == 0:
+                    write(options, rows)
                     print({key: round(x, 3) if isinstance(x, float) else x for key, x in row.items()}, flush=True)
     if GPUS > 1:
         dist.destroy_process_group()
-    if options.json and RANK == 0:
-        machine = {"gpu": torch.cuda.get_device_name(), "torch": torch.__version__, "triton": triton.__version__}
-        report = {"benchmark": "model_gpu", "machine": machine, "options": vars(options), "rows": rows}
-        Path(options.json).write_text(json.dumps(report, indent=1))
 
 
 if __name__ == "__main__":

@@ -36,6 +36,7 @@ from fpscompile.gpu.config import padded
 from fpscompile.gpu.operands import KeyBias, Packed
 from fpscompile.gpu.tables import Tables, in_slots, of_tokens, tables_of
 from fpscompile.hadamard import unrotate
+from fpscompile.kept import outside_graphs
 from fpscompile.kernel_spec import KernelSpec
 from fpscompile.masks import BlockMask
 from fpscompile.plan import ResolvedPlan
@@ -288,13 +289,17 @@ def _ranks(tables: Tables) -> torch.Tensor:
     """int32, shaped like ``tables.queries.index``: where, in the list of the entry's query tile, the units of this
     key tile begin. Past the count: anything in range."""
     if tables not in _rank_cache:
-        keys, queries, per_tile = tables.keys, tables.queries, tables.slots // tables.unit
-        k_tiles = queries.count.shape[2]
-        index = keys.index.long()
-        place = torch.arange(index.shape[-1], device=index.device).expand_as(index)
-        begins = (index % per_tile == 0) & (place < keys.count[..., None])
-        rank = index.new_zeros(*index.shape[:3], k_tiles + 1)  # the last one: entries that begin no tile
-        rank.scatter_(-1, torch.where(begins, index // per_tile, k_tiles), place)
-        rank = rank[..., :k_tiles].mT.gather(-1, queries.index.long() // per_tile)
-        _rank_cache[tables] = rank.to(torch.int32).contiguous()
+        _rank_cache[tables] = outside_graphs(tables.q_token.device, lambda: _make_ranks(tables))
     return _rank_cache[tables]
+
+
+def _make_ranks(tables: Tables) -> torch.Tensor:
+    keys, queries, per_tile = tables.keys, tables.queries, tables.slots // tables.unit
+    k_tiles = queries.count.shape[2]
+    index = keys.index.long()
+    place = torch.arange(index.shape[-1], device=index.device).expand_as(index)
+    begins = (index % per_tile == 0) & (place < keys.count[..., None])
+    rank = index.new_zeros(*index.shape[:3], k_tiles + 1)  # the last one: entries that begin no tile
+    rank.scatter_(-1, torch.where(begins, index // per_tile, k_tiles), place)
+    rank = rank[..., :k_tiles].mT.gather(-1, queries.index.long() // per_tile)
+    return rank.to(torch.int32).contiguous()

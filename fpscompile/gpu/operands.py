@@ -15,6 +15,7 @@ import torch
 from fpscompile.gpu import render
 from fpscompile.gpu.config import padded
 from fpscompile.gpu.tables import Tables, in_slots
+from fpscompile.kept import integers
 from fpscompile.kernel_spec import KernelSpec
 from fpscompile.key_mask import additive, visible_keys
 from fpscompile.quant import E4M3_MAX, SUBTILE
@@ -112,7 +113,7 @@ def pack(
     )  # fmt: skip
 
     codes = [REGIONS[name] if name != "subtile" or tables.slots >= SUBTILE else 0 for name in granularities]
-    region = _device_constant(tuple(codes), q.device)
+    region = integers(tuple(codes), q.device)
     common = (module, phase, region, granularities, spec, fp8)
     q8, q_scale, shift = _tokens(*common, q, tables.q_token, None, mean, None, scale, dp)
     k8, k_scale, _ = _tokens(*common, k, tables.k_token, mean, None, visible, scale, dp)
@@ -199,7 +200,7 @@ def _tokens(
         )  # fmt: skip
         reduced = maxima.amax(2)
         if "tensor" in granularities:
-            whole = _device_constant(tuple(int(name == "tensor") for name in granularities), x.device)
+            whole = integers(tuple(int(name == "tensor") for name in granularities), x.device)
             whole = (
                 whole[phase.clamp(0, len(granularities) - 1).long()].repeat_interleave(per_sample).bool().unsqueeze(1)
             )
@@ -216,17 +217,6 @@ def _tokens(
         num_warps=num_warps,
     )  # fmt: skip
     return x8, scales, shift
-
-
-_constants: dict[tuple[tuple[int, ...], torch.device], torch.Tensor] = {}
-
-
-def _device_constant(values: tuple[int, ...], device: torch.device) -> torch.Tensor:
-    """int32 [n] on the device. Kept: a copy from the host would not be allowed while a CUDA graph is captured."""
-    key = (values, device)
-    if key not in _constants:
-        _constants[key] = torch.tensor(values, dtype=torch.int32).to(device)
-    return _constants[key]
 
 
 def key_bias(key_mask: torch.Tensor, tables: Tables) -> KeyBias:

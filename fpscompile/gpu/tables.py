@@ -6,12 +6,11 @@ otherwise one block of a tile. Units that hold no token are never listed.
 
 from __future__ import annotations
 
-import threading
-from collections import OrderedDict
 from dataclasses import dataclass, field
 
 import torch
 
+from fpscompile.kept import kept, outside_graphs
 from fpscompile.kernel_spec import tile_slots
 from fpscompile.masks import BlockMask
 from fpscompile.plan import ResolvedPlan
@@ -86,7 +85,8 @@ class Tables:
             start = (torch.arange(int(each.sum())) - (each.cumsum(0) - each).repeat_interleave(each)) * rows
             tile, size = tile.repeat_interleave(each), size.repeat_interleave(each)
             blocks = torch.stack((tile, tile * self.slots + start, (size - start).clamp(0, rows)), 1)
-            self._blocks[key] = blocks.to(torch.int32).to(self.q_token.device)
+            device = self.q_token.device
+            self._blocks[key] = outside_graphs(device, lambda: blocks.to(torch.int32).to(device))
         return self._blocks[key]
 
 
@@ -101,25 +101,16 @@ def of_tokens(x: torch.Tensor, token: torch.Tensor, length: int) -> torch.Tensor
     return x.new_empty(*x.shape[:-1], length + 1).index_copy_(-1, place, x)[..., :length]
 
 
-_cache: OrderedDict[tuple[ResolvedPlan, torch.device], Tables] = OrderedDict()
-_lock = threading.Lock()
-
-
 def tables_of(resolved: ResolvedPlan, device: torch.device, block_mask: BlockMask | None = None) -> Tables:
     """The tables of ``resolved`` on ``device``; cached unless ``block_mask`` takes the place of the plan's."""
     if block_mask is not None:
         return _tables(resolved, block_mask, device)
-    key = (resolved, device)
-    with _lock:
-        if key in _cache:
-            _cache.move_to_end(key)
-            return _cache[key]
-    tables = _tables(resolved, resolved.block_mask, device)
-    with _lock:
-        tables = _cache.setdefault(key, tables)
-        while len(_cache) > CACHED:
-            _cache.popitem(last=False)
-    return tables
+    return _tables_of_plan(resolved, device)
+
+
+@kept(CACHED)
+def _tables_of_plan(resolved: ResolvedPlan, device: torch.device) -> Tables:
+    return _tables(resolved, resolved.block_mask, device)
 
 
 def _tables(resolved: ResolvedPlan, mask: BlockMask, device: torch.device) -> Tables:
