@@ -114,10 +114,10 @@ def why_no_graph(attention: fx.Node) -> str | None:
             "the grid of the video is looked up at every call; compile the whole model, which shows it, or give it as "
             "options={'grid': (t, h, w)}"
         )
-    if plan.lowering != "triton":
-        return f"lowering {plan.lowering!r} copies from the host at every call; lowering='triton' does not"
     if len(attention.args) > 11:
         return "the host reads which tiles were chosen by content; windows of fixed tiles need no such look"
+    if plan.lowering != "triton":
+        return f"lowering {plan.lowering!r} copies from the host at every call; lowering='triton' does not"
     return None
 
 

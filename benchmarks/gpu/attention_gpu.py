@@ -1,6 +1,6 @@
 """The attention kernels on one GPU against every dense bf16 SDPA backend, FlexAttention and our own bf16 form.
 
-    python benchmarks/gpu/attention_gpu.py [--cases NAME ...] [--fitting] [--flex] [--rounds N] [--json PATH]
+    python benchmarks/gpu/attention_gpu.py [--cases NAME ...] [--fitting] [--more] [--flex] [--rounds N] [--json PATH]
 
 Every kernel is timed as a CUDA graph, on random data, by CUDA events: small cases would else measure how fast Python
 launches. Interleaved: every round times every kernel of a case for about as long, so that all meet the card equally
@@ -20,7 +20,7 @@ import json
 import math
 import statistics
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -51,7 +51,7 @@ class Case:
     heads: int
     dim: int
     tiles: tuple[Grid, ...]
-    """The usual ones, and last one that fits the grid."""
+    """The usual ones, and last those that fit the grid."""
 
     @property
     def length(self) -> int:
@@ -61,14 +61,25 @@ class Case:
 USUAL = ((4, 4, 4), (2, 8, 8), (4, 8, 8), (6, 8, 8))
 CASES = {
     "Wan 14B 720p": Case((21, 45, 80), 0, 40, 128, (*USUAL, (7, 9, 4))),
-    "Wan 14B 480p": Case((21, 30, 52), 0, 40, 128, ((4, 8, 8), (7, 6, 6))),
-    "Wan 1.3B 480p": Case((21, 30, 52), 0, 12, 128, ((4, 8, 8), (7, 6, 6))),
-    "HunyuanVideo 720p": Case((33, 45, 80), 256, 24, 128, ((4, 8, 8), (11, 9, 5), (3, 5, 16))),
-    "CogVideoX": Case((13, 30, 45), 226, 48, 64, ((4, 8, 8), (13, 2, 9))),
+    "Wan 14B 480p": Case((21, 30, 52), 0, 40, 128, (*USUAL, (7, 6, 6))),
+    "Wan 1.3B 480p": Case((21, 30, 52), 0, 12, 128, (*USUAL, (7, 6, 6))),
+    "HunyuanVideo 720p": Case((33, 45, 80), 256, 24, 128, (*USUAL, (11, 9, 5), (3, 5, 16))),
+    "CogVideoX": Case((13, 30, 45), 226, 48, 64, (*USUAL, (13, 2, 9))),
 }
 DETAILED = "Wan 14B 720p"
-"""The case that is measured at every density, and against FlexAttention."""
+"""The case that is always measured with every tile and density."""
 DENSITIES = (1.0, 0.5, 0.2, 0.1, 0.09, 0.05)
+LEFT_OUT = (4, 4, 4), (2, 8, 8), (6, 8, 8)
+"""Tiles, and densities, that other cases have with ``--more`` only."""
+SELDOM = 0.5, 0.09, 0.05
+
+
+def wanted(name: str, case: Case, densities: Collection[float], more: bool) -> list[tuple[Grid, float]]:
+    """(tile, density) of a case's rows; with ``more``, those of other cases that are left out without."""
+    pairs = itertools.product(case.tiles, densities)
+    if name == DETAILED:
+        return [] if more else list(pairs)
+    return [(tile, density) for tile, density in pairs if (tile in LEFT_OUT or density in SELDOM) == more]
 
 
 def time_ms(call: Callable[[], object], budget_ms: int = 400) -> float:
@@ -186,13 +197,13 @@ Timed = tuple[dict[str, Any], Callable[[], object]]
 
 def ours(
     name: str, case: Case, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, pool: Any, *, with_flex: bool,
-    densities: tuple[float, ...], quants: tuple[str, ...],
+    pairs: list[tuple[Grid, float]], quants: tuple[str, ...],
 ) -> Iterator[Timed]:  # fmt: skip
-    """Our kernels on one case; a row that failed has the reason under "failed"."""
+    """Our kernels on one case, and FlexAttention for those that are sparse, with 4x8x8 tiles; a row that
+    failed has the reason under "failed"."""
     phase = torch.zeros(1, dtype=torch.int32, device="cuda")
     scale = case.dim**-0.5
-    wanted = densities if name == DETAILED else (1.0, 0.2, 0.1)
-    for tile, density, quant in itertools.product(case.tiles, wanted, quants):
+    for (tile, density), quant in itertools.product(pairs, quants):
         if quant == "none" and density not in (1.0, 0.2):
             continue
         plan = Plan(tile=tile, phases=(PhasePlan(density=density),), clamp=True, quant=quant, lowering="triton")
@@ -223,7 +234,7 @@ def ours(
             row["failed"] = f"{type(error).__name__}: {error}"[:300]
             timed = call
         yield row, timed
-        if with_flex and name == DETAILED and quant == "fp8" and density == 0.2 and tile == (4, 8, 8):
+        if with_flex and quant == "fp8" and density < 1.0 and tile == (4, 8, 8):
             compiled = flex(q, k, v, resolved)
             if compiled is not None:
                 alike = {key: row[key] for key in ("case", "tile", "density")}
@@ -231,7 +242,7 @@ def ours(
 
 
 def rows_of(
-    name: str, case: Case, *, with_flex: bool, densities: tuple[float, ...], quants: tuple[str, ...], rounds: int
+    name: str, case: Case, *, with_flex: bool, pairs: list[tuple[Grid, float]], quants: tuple[str, ...], rounds: int
 ) -> list[dict[str, Any]]:
     """All rows of a case, timed in turn."""
     q, k, v = draw(case)
@@ -240,7 +251,7 @@ def rows_of(
         ({"case": name, "kernel": backend, "density": 1.0}, call) for backend, call in peers(q, k, v, pool).items()
     ]
     dense = range(len(timed))
-    timed += ours(name, case, q, k, v, pool, with_flex=with_flex, densities=densities, quants=quants)
+    timed += ours(name, case, q, k, v, pool, with_flex=with_flex, pairs=pairs, quants=quants)
     running = [index for index, (row, _) in enumerate(timed) if "failed" not in row]
     times = [{index: time_ms(timed[index][1]) for index in running} for _ in range(rounds)]
     flop = 4 * case.length**2 * case.dim * case.heads
@@ -270,7 +281,8 @@ def main() -> None:
     parser.add_argument("--cases", nargs="+", default=list(CASES))
     parser.add_argument("--densities", nargs="+", type=float, default=list(DENSITIES))
     parser.add_argument("--fitting", action="store_true", help="only the tile that fits the grid")
-    parser.add_argument("--flex", action="store_true", help="also FlexAttention, at density 0.2")
+    parser.add_argument("--more", action="store_true", help="only what is left out without: see LEFT_OUT, SELDOM")
+    parser.add_argument("--flex", action="store_true", help="also FlexAttention, with 4x8x8 tiles")
     parser.add_argument("--rounds", type=int, default=3, help="times that each kernel of a case gets its turn")
     parser.add_argument("--quants", nargs="+", choices=("fp8", "none"), default=("fp8", "none"))
     parser.add_argument("--json", default=None)
@@ -283,12 +295,14 @@ def main() -> None:
     rows: list[dict[str, Any]] = []
     for name in options.cases:
         try:
-            densities, quants = tuple(options.densities), tuple(options.quants)
             case = CASES[name]
             if options.fitting:
                 case = dataclasses.replace(case, tiles=case.tiles[-1:])
+            pairs = wanted(name, case, options.densities, options.more)
+            if not pairs:
+                continue
             found = rows_of(
-                name, case, with_flex=options.flex, densities=densities, quants=quants, rounds=options.rounds
+                name, case, with_flex=options.flex, pairs=pairs, quants=tuple(options.quants), rounds=options.rounds
             )
             rows += found
             for row in found:

@@ -101,7 +101,7 @@ def quantized_rows(rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return (rows.float() / scale).to(torch.float8_e4m3fn), scale
 
 
-ROWS = 16384
+ROWS = 18432
 """About so many rows go through a feed-forward at a time, so that its hidden values need not all exist at once."""
 
 
@@ -131,7 +131,7 @@ def fp8_feed_forward(
         bias_in_product: whether a product can add its bias.
     """
     out = _feed_forward_shape(x, scale, first, first_scale, first_bias, second)
-    pieces = max(1, x.shape[0] // ROWS)
+    pieces = max(1, round(x.shape[0] / ROWS))
     common = {"out_dtype": out.dtype, "use_fast_accum": True}
     last = {} if second_bias is None else {"bias": second_bias}
     inside = {"bias": first_bias} if first_bias is not None and bias_in_product else {}

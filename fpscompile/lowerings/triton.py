@@ -83,7 +83,7 @@ def forward(
     return out.transpose(1, 2), lse
 
 
-WHOLE_BYTES = 512 << 20
+WHOLE_BYTES = 384 << 20
 """FP8 copies up to this size are made all at once."""
 
 PIECE_BYTES = 320 << 20

@@ -1,0 +1,108 @@
+"""What attention keeps on a device between calls."""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+import weakref
+
+import pytest
+import torch
+
+from fpscompile import kept as module
+from fpscompile.errors import UnsupportedError
+from fpscompile.kept import integers, kept, outside_graphs
+
+CPU, GPU = torch.device("cpu"), torch.device("cuda")
+
+
+def counting(maxsize: int):
+    made: list[int] = []
+
+    @kept(maxsize)
+    def make(value: int, device: torch.device) -> torch.Tensor:
+        made.append(value)
+        return torch.tensor(value, device=device)
+
+    return make, made
+
+
+def test_made_once() -> None:
+    make, made = counting(2)
+    assert make(3, CPU) is make(3, CPU)
+    assert made == [3]
+
+
+def test_the_least_recently_used_goes_first() -> None:
+    make, made = counting(2)
+    for value in (1, 2, 1, 3, 1, 2):
+        make(value, CPU)
+    assert made == [1, 2, 3, 2]
+
+
+@pytest.mark.parametrize("captured", [True, False])
+def test_what_a_capture_has_met_stays(captured: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A graph reads that very tensor's memory: another one with the same values would not do."""
+    make, _ = counting(1)
+    met = weakref.ref(make(1, CPU))
+    monkeypatch.setattr(module, "capturing", lambda device: captured)
+    make(1, CPU)
+    monkeypatch.undo()
+    make(2, CPU)
+    assert (met() is not None) == captured
+
+
+def test_the_first_call_under_a_capture_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    make, made = counting(1)
+    with pytest.raises(UnsupportedError, match="run the model once ahead of the capture"):
+        make(1, GPU)
+    assert not made
+
+
+def test_a_gpu_is_allocated_on_from_another_thread(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Inductor sends what this thread allocates to the pool of its graphs."""
+    events: list[object] = []
+
+    class Stream:
+        def synchronize(self) -> None:
+            events.append("synchronized")
+
+    @contextlib.contextmanager
+    def on(stream: Stream):
+        events.append(stream)
+        yield
+
+    stream = Stream()
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: stream)
+    monkeypatch.setattr(torch.cuda, "stream", on)
+
+    def make() -> int:
+        events.append("made")
+        return threading.get_ident()
+
+    assert outside_graphs(GPU, make) != threading.get_ident()
+    assert events == [stream, "made", "synchronized"]
+    assert outside_graphs(CPU, threading.get_ident) == threading.get_ident()
+
+
+def test_an_error_on_the_way_is_the_callers() -> None:
+    make, made = counting(1)
+
+    @kept(1)
+    def fails(device: torch.device) -> torch.Tensor:
+        make(0, device)
+        raise ValueError("no")
+
+    for _ in range(2):
+        with pytest.raises(ValueError, match="no"):
+            fails(CPU)
+    assert made == [0]
+
+
+def test_integers() -> None:
+    found = integers((3, 0, -1), CPU)
+    assert found.dtype == torch.int32
+    assert found.tolist() == [3, 0, -1]
+    assert integers((3, 0, -1), CPU) is found
