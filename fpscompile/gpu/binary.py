@@ -193,17 +193,19 @@ def _attribute(compiled: Any, name: str) -> str:
 
 
 def tool(name: str) -> str:
-    """Path of a program that Triton's wheel carries: "ptxas", "ptxas-blackwell", "cuobjdump".
+    """Path of the "ptxas", "ptxas-blackwell" or "cuobjdump" that Triton uses.
+
+    That is one of its wheel, unless a variable such as ``TRITON_PTXAS_PATH`` names another, as Inductor makes it do.
 
     Raises:
-        BinaryError: this build of Triton has none.
+        BinaryError: there is none.
     """
-    import triton
+    from triton import knobs
 
-    path = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name
-    if not path.exists():
-        raise BinaryError(f"{name} is not part of this build of Triton ({path}); install Triton's wheel for Linux")
-    return str(path)
+    try:
+        return str(getattr(knobs.nvidia, name.replace("-", "_")).path)
+    except (AttributeError, RuntimeError) as error:
+        raise BinaryError(f"this build of Triton has no {name} ({error}); install Triton's wheel for Linux") from error
 
 
 def _disassemble(cubin: bytes) -> str:

@@ -160,6 +160,22 @@ def test_a_kernel_without_products_has_no_main_loop() -> None:
         _ = report.main_loop
 
 
+def test_it_asks_the_assembler_that_triton_is_told_to_use(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Inductor names torch's own, which may be newer than that of Triton's wheel and so read newer PTX."""
+    called, other = tmp_path / "called", tmp_path / "ptxas"
+    other.write_text(f'#!/bin/sh\necho "$@" >> {called}\nexec {binary.tool("ptxas")} "$@"\n')
+    other.chmod(0o755)
+    monkeypatch.setenv("TRITON_PTXAS_PATH", str(other))
+    assert binary.tool("ptxas") == str(other)
+    assert product("cuda:90", torch.float8_e4m3fn).registers > 0
+    assert "-v" in called.read_text()
+
+
+def test_no_such_tool() -> None:
+    with pytest.raises(compilation.BinaryError, match="no nvlink"):
+        binary.tool("nvlink")
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("interpret", ["0", "1"])
 def test_interpreting_or_not_the_report_is_the_same(interpret: str) -> None:
