@@ -257,6 +257,18 @@ def attention_gpu(report: dict[str, Any]) -> list[Row]:
     return out
 
 
+def model_sizes(report: dict[str, Any]) -> list[Row]:
+    """Whole steps of the other models and sizes, at density 0.2."""
+    out = []
+    for case in dict.fromkeys((row["model"], row["size"]) for row in report["rows"]):
+        rows = [row for row in report["rows"] if (row["model"], row["size"]) == case]
+        chosen = ("inductor", "fps", "fps, static fp8 linears")
+        shown = [row for row in rows if row["variant"] in chosen and row["density"] in (1.0, 0.2)]
+        if case != ("14B", "720p"):  # which model_gpu has
+            out += [(what, figure, "") for what, figure, _ in model_gpu({"rows": shown})]
+    return out
+
+
 def model_gpu(report: dict[str, Any]) -> list[Row]:
     """A whole transformer step on a GPU."""
     aims = {"fps": ">= 2.6x", "fps, fp8 linears": ">= 4.96x", "fps, static fp8 linears": ">= 4.96x"}
@@ -292,6 +304,7 @@ GPU_SECTIONS = {
     "remainder_gpu": remainder_gpu,
     "model_gpu": model_gpu,
     "model_two_gpus": model_gpu,
+    "model_gpu_sizes": model_sizes,
 }
 
 SECTIONS = {

@@ -28,14 +28,18 @@ def script(name: str, *args: str | Path) -> dict[str, Any]:
     return report
 
 
-@pytest.fixture
-def figures() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("readme_figures", BENCHMARKS / "readme_figures.py")
+def module_of(script: str) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(Path(script).name, BENCHMARKS / f"{script}.py")
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+@pytest.fixture
+def figures() -> ModuleType:
+    return module_of("readme_figures")
 
 
 @pytest.mark.slow
@@ -108,6 +112,13 @@ def test_quick_runs(name: str, figure: str, tmp_path: Path, figures: ModuleType)
 def test_readme_block_is_up_to_date(figures: ModuleType) -> None:
     """README.md shows what benchmarks/results holds."""
     assert figures.main(["--check"]) == 0
+
+
+def test_measured_page_is_up_to_date(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    outcomes = module_of("gpu/outcomes")
+    monkeypatch.setattr(outcomes, "PAGE", tmp_path / "page.md")
+    outcomes.main()
+    assert (tmp_path / "page.md").read_text() == (ROOT / "docs" / "performance_measured.md").read_text()
 
 
 def test_fill_keeps_the_rest(figures: ModuleType) -> None:

@@ -3,7 +3,7 @@
 FP8 linear layers come with dynamic and with static scales (:mod:`fp8_linear`).
 
     python benchmarks/gpu/model_gpu.py [--models 1.3B 14B] [--sizes 480p 720p] [--density 0.2 0.09 0.05]
-        [--variants inductor "fps, fp8 linears" "fps, static fp8 linears"] [--cuda-graphs] [--json PATH]
+        [--variants inductor "fps, fp8 linears" "fps, static fp8 linears"] [--cuda-graphs] [--json PATH [--add]]
 
     torchrun --nproc-per-node 2 benchmarks/gpu/model_gpu.py ...      # Ulysses: N GPUs share the tokens of one step
 
@@ -183,6 +183,14 @@ def rows_of(variants: list[str], densities: list[float]) -> list[tuple[str, floa
     return [(which, d) for which in variants for d in (densities if which.startswith("fps") else [1.0])]
 
 
+def rows_beside(options: argparse.Namespace) -> list[dict[str, Any]]:
+    """Rows of the file that stay: of models and sizes that are not measured now."""
+    if not options.add or not options.json or not Path(options.json).exists():
+        return []
+    found = json.loads(Path(options.json).read_text())["rows"]
+    return [row for row in found if row["model"] not in options.models or row["size"] not in options.sizes]
+
+
 def write(options: argparse.Namespace, rows: list[dict[str, Any]]) -> None:
     if options.json:
         machine = {"gpu": torch.cuda.get_device_name(), "torch": torch.__version__, "triton": triton.__version__}
@@ -203,11 +211,12 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--layers", type=int, default=None)
     parser.add_argument("--json", default=None)
+    parser.add_argument("--add", action="store_true", help="keep the file's rows of other models and sizes")
     options = parser.parse_args()
     if GPUS > 1:
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         dist.init_process_group("nccl")
-    rows = []
+    rows = rows_beside(options)
     for name in options.models:
         for size in options.sizes:
             base = None
