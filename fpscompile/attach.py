@@ -107,6 +107,7 @@ class Attachment:
         self.scheduler = scheduler
         self.busy = runtime.Busy(" and ".join(models))
         self.met: bool | None = None
+        self.captured = False
         self._manual: float | None = None
         self._undo: list[Callable[[], None]] = []
         self._steps = _StepCounter.of(scheduler)

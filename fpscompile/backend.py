@@ -33,14 +33,14 @@ from fpscompile.settings import Settings
 
 logger = logging.getLogger(__name__)
 
-LOUD = ("tuning-ignored", "calibration-ignored")
+LOUD = ("tuning-ignored", "calibration-ignored", "cuda-graphs")
 """Notes that are logged as warnings though strict accepts them: the model is right, only not as it was asked for."""
 
 
 CAPTURED = (
     "a CUDA graph is being captured around compiled code that fpscompile.attach tells the denoising step: replays keep "
-    "the phase of this step (progress %.3f). Capture one graph per phase, or compile the whole model and attach it "
-    "without a scheduler: its timestep input then tells the phase at every replay"
+    "the phase of their step (here at progress %.3f). Capture one graph per phase; or compile the whole model and "
+    "attach it without a scheduler, then its timestep input tells the phase at every replay"
 )
 
 
@@ -85,7 +85,8 @@ class Backend:
 
     def __call__(self, gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Compiled:
         inner = self.inner or inner_compiler(self.settings, self.mode)
-        record, state = rewrite(gm, self.settings, self.mode, detail=self.detail)
+        record, state = rewrite(gm, self.settings, detail=self.detail)
+        note_on_graphs(state, self.settings, self.mode)
         _log(record)
         if self.settings.strict:
             _check_strict(record)
@@ -103,9 +104,7 @@ class Backend:
         return _met(compiled, attention)
 
 
-def rewrite(
-    gm: fx.GraphModule, settings: Settings, mode: str | None = None, *, detail: bool = False
-) -> tuple[GraphRecord, GraphState]:
+def rewrite(gm: fx.GraphModule, settings: Settings, *, detail: bool = False) -> tuple[GraphRecord, GraphState]:
     """Run the passes on ``gm`` and record what they decided. ``gm`` gets a new graph; the captured one stays whole."""
     began = time.perf_counter()
     captured = gm.graph
@@ -146,7 +145,6 @@ def rewrite(
         state.note("info", f"near-miss-{miss.code.value}", f"{miss.node}: {miss.message}")
     if not os.environ.get("FPS_DISABLE", "0").strip("0"):
         state.notes += notes_on_breaks(gm, record.sites, [str(miss.message) for miss in state.near_misses])
-    note_on_graphs(state, settings, mode)
     record.notes = state.notes
     record.settings = state.settings  # with a calibration, where the tuning file holds one
     record.progress_source = state.progress_source
@@ -273,7 +271,6 @@ def _with_inputs(compiled: Compiled, state: GraphState, devices: Sequence[torch.
     """``compiled`` with the appended inputs filled on every call, from whoever publishes them."""
     names = tuple(state.inputs)
     variants = VariantsOfCall(state) if LAYERS in names else None
-    told: set[float] = set()
 
     def call(*args: Any) -> Any:
         with runtime.running(args) as (progress, grid):
@@ -282,8 +279,8 @@ def _with_inputs(compiled: Compiled, state: GraphState, devices: Sequence[torch.
                 GRID: lambda device: torch.tensor(grid or (0, 0, 0), dtype=torch.int64),
                 LAYERS: lambda device: integers(variants(args), device),  # type: ignore[misc]
             }
-            if PROGRESS in names and not math.isnan(progress) and progress not in told and any(map(capturing, devices)):
-                told.add(progress)
+            told = PROGRESS in names and not math.isnan(progress)
+            if told and any(map(capturing, devices)) and runtime.first_capture(args):
                 logger.warning(CAPTURED, progress)
             return compiled(*args, *(values[name](device) for name, device in zip(names, devices, strict=True)))
 

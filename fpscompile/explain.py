@@ -8,6 +8,7 @@ from typing import Any
 
 from fpscompile.backend import Backend
 from fpscompile.capture import captured
+from fpscompile.inner import inner_compiler
 from fpscompile.report import Report
 from fpscompile.settings import Settings
 
@@ -27,6 +28,7 @@ def explain(model: Any, *args: Any, options: Mapping[str, Any] | None = None, **
         OptionError: bad options.
     """
     settings = Settings.from_options(options)
+    inner_compiler(settings, None)  # refuses what compiling would refuse
     backend = Backend(dataclasses.replace(settings, strict=False), detail=True, inner=lambda gm, _: gm.forward)
     captured(model, backend)(*args, **kwargs)
     return Report(backend.graphs, settings)

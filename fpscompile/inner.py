@@ -8,12 +8,17 @@ from typing import Any
 import torch
 from torch import fx
 
-from fpscompile.errors import CompilerMissingError, OptionError
+from fpscompile.errors import CompilerMissingError, OptionError, UnsupportedError
 from fpscompile.passes.base import GraphState, device_type
 from fpscompile.plan import Plan
 from fpscompile.settings import Settings
 
 Compiled = Callable[..., Any]
+
+NO_GRAPH = "Inductor makes no CUDA graph of this graph: "
+
+ANNOTATION = "cudagraph_annotation"
+"""Where ``torch._dynamo.override_cudagraphs`` leaves its wish in a graph's ``meta``; it wins over the option."""
 
 
 def inner_compiler(settings: Settings, mode: str | None) -> Callable[[fx.GraphModule, list[Any]], Compiled]:
@@ -21,6 +26,7 @@ def inner_compiler(settings: Settings, mode: str | None) -> Callable[[fx.GraphMo
 
     Raises:
         OptionError: an unknown inner name or mode, or a mode for a compiler that has none.
+        UnsupportedError, while compiling: no CUDA graph is possible, under Inductor's ``triton.cudagraph_or_error``.
     """
     inner, options = settings.inner, dict(settings.inner_options)
     if inner == "inductor":
@@ -64,10 +70,16 @@ def _patches(options: dict[str, Any], mode: str | None) -> dict[str, Any]:
 
 
 def _inductor(patches: dict[str, Any]) -> Callable[[fx.GraphModule, list[Any]], Compiled]:
-    from torch._inductor import compile_fx
+    from torch._inductor import compile_fx, config
 
     def inductor(gm: fx.GraphModule, inputs: list[Any]) -> Compiled:
-        own = {**_memory_options(gm), **patches, **_graph_options(gm, patches)}
+        own = {**_memory_options(gm), **patches}
+        reason = next(filter(None, map(why_no_graph, _on_gpu(gm))), None)
+        if reason is not None and _captures(gm, patches):
+            if patches.get("triton.cudagraph_or_error", config.triton.cudagraph_or_error):
+                raise UnsupportedError(NO_GRAPH + reason)
+            own["triton.cudagraphs"] = False
+            gm.meta.pop(ANNOTATION, None)
         compiled: Any = compile_fx.compile_fx(gm, inputs, config_patches=own or None)
         return compiled  # type: ignore[no-any-return]
 
@@ -92,42 +104,43 @@ def _on_gpu(gm: fx.GraphModule) -> Iterator[fx.Node]:
     return (node for node in attention if device_type(node.args[0]) == "cuda")
 
 
-def _graph_options(gm: fx.GraphModule, patches: dict[str, Any]) -> dict[str, Any]:
-    """Inductor's option without CUDA graphs, where attention cannot be in one; see :func:`why_no_graph`.
-
-    To cut graphs around attention is no way out: Inductor hands an op's two results across the cut as one, and fails.
-    """
-    return {"triton.cudagraphs": False} if _captures(patches) and any(map(why_no_graph, _on_gpu(gm))) else {}
-
-
-def _captures(patches: dict[str, Any]) -> bool:
+def _captures(gm: fx.GraphModule, patches: dict[str, Any]) -> bool:
+    """Whether Inductor is asked for CUDA graphs of ``gm``."""
     from torch._inductor import config
 
-    return bool(patches.get("triton.cudagraphs", config.triton.cudagraphs))
+    wish = getattr(gm.meta.get(ANNOTATION), "fwd", None)
+    return bool(patches.get("triton.cudagraphs", config.triton.cudagraphs) if wish is None else wish)
 
 
 def why_no_graph(attention: fx.Node) -> str | None:
-    """Why a call of ``fps::attention`` cannot be in a CUDA graph, which does what the host did at its capture."""
-    published_grid, plan = attention.args[6], Plan.from_json(attention.args[10])  # type: ignore[arg-type]
+    """Why a call of ``fps::attention`` cannot be in a CUDA graph, which does what the host did at its capture.
+
+    To cut graphs around attention is no way out: Inductor hands an op's two results across the cut as one, and fails.
+    """
+    phase, published_grid, plan = attention.args[4], attention.args[6], Plan.from_json(attention.args[10])  # type: ignore[arg-type]
+    if getattr(published_grid, "target", None) is torch.ops.fps.rotary_grid.default:
+        return "the grid of the video is read from a rotary table at every call"
     if published_grid is not None:
         return (
-            "the grid of the video is looked up at every call; compile the whole model, which shows it, or give it as "
-            "options={'grid': (t, h, w)}"
+            "the grid of the video is looked up at every call; give it as options={'grid': (t, h, w)}, or compile the "
+            "whole model if that shows it"
         )
     if len(attention.args) > 11:
         return "the host reads which tiles were chosen by content; windows of fixed tiles need no such look"
     if plan.lowering != "triton":
         return f"lowering {plan.lowering!r} copies from the host at every call; lowering='triton' does not"
+    if device_type(phase) == "cpu":
+        return "the denoising step is on the CPU; move the timestep input to the GPU ahead of the call"
     return None
 
 
 def note_on_graphs(state: GraphState, settings: Settings, mode: str | None) -> None:
     """Note that Inductor was asked for CUDA graphs and makes none."""
-    if settings.inner != "inductor" or not _captures(_patches(dict(settings.inner_options), mode)):
+    if settings.inner != "inductor" or not _captures(state.gm, _patches(dict(settings.inner_options), mode)):
         return
     for reason in dict.fromkeys(map(why_no_graph, _on_gpu(state.gm))):
         if reason is not None:
-            state.note("info", "cuda-graphs", f"Inductor makes no CUDA graph of this graph: {reason}")
+            state.note("info", "cuda-graphs", NO_GRAPH + reason)
 
 
 def check_cpp_compiler(gm: fx.GraphModule) -> None:

@@ -7,11 +7,11 @@ allocates comes from such a pool.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import threading
 from collections import OrderedDict
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
 
 import torch
@@ -32,17 +32,18 @@ def kept(maxsize: int) -> Callable[[Callable[..., T]], Callable[..., T]]:
 
     def decorate(make: Callable[..., T]) -> Callable[..., T]:
         cache: OrderedDict[tuple[Any, ...], T] = OrderedDict()
-        captured: dict[int, T] = {}
+        captured: dict[tuple[Any, ...], T] = {}
         lock = threading.Lock()
 
         @functools.wraps(make)
         def cached(*arguments: Any) -> T:
             with lock:
-                found = cache.get(arguments)
-                if found is not None:
+                found = captured.get(arguments)
+                if found is None and (found := cache.get(arguments)) is not None:
                     cache.move_to_end(arguments)
                     if capturing(arguments[-1]):
-                        captured[id(found)] = found
+                        captured[arguments] = cache.pop(arguments)
+                if found is not None:
                     return found
             made = outside_graphs(arguments[-1], lambda: make(*arguments))
             with lock:
@@ -68,29 +69,39 @@ def capturing(device: torch.device) -> bool:
 
 
 def outside_graphs(device: torch.device, make: Callable[[], T]) -> T:
-    """``make()``; on a GPU on a thread of its own, whose allocations are nobody's pool's, and finished on return.
+    """``make()`` on a thread of its own, finished on return.
+
+    What the thread allocates on a GPU is nobody's pool's. Nor does it share the caller's modes: a tensor of inference
+    mode could not be saved for a backward later, and a fake one would be handed to real calls.
 
     Raises:
         UnsupportedError: a CUDA graph is being captured, which allows no copy from the host.
     """
-    if device.type != "cuda":
-        return make()
     if capturing(device):
         raise UnsupportedError(
             "attention of this grid, plan and dtype runs for the first time while a CUDA graph is being captured, and "
             "its tables cannot be copied to the GPU then: run the model once ahead of the capture, with inputs of the "
             "same shapes"
         )
-    stream = torch.cuda.current_stream(device)
+    stream = torch.cuda.current_stream(device) if device.type == "cuda" else None
+    results: list[T] = []
+    errors: list[BaseException] = []
 
-    def run() -> T:
-        with torch.cuda.stream(stream):
-            made = make()
-            stream.synchronize()
-            return made
+    def run() -> None:
+        try:
+            with torch.cuda.stream(stream) if stream is not None else contextlib.nullcontext():
+                results.append(make())
+                if stream is not None:
+                    stream.synchronize()
+        except BaseException as error:  # the caller's to handle
+            errors.append(error)
 
-    with ThreadPoolExecutor(1) as thread:
-        return thread.submit(run).result()
+    thread = threading.Thread(target=run, name="fpscompile-kept")
+    thread.start()
+    thread.join()
+    if errors:
+        raise errors[0]
+    return results[0]
 
 
 __all__ = ["capturing", "integers", "kept", "outside_graphs"]

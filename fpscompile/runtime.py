@@ -33,6 +33,8 @@ class Publisher(Protocol):
     busy: Busy
     met: bool | None
     """Whether a graph that holds attention has run for it; None where no graph has."""
+    captured: bool
+    """Whether a CUDA graph was captured around code that it tells the step."""
 
     def progress(self) -> float:
         """Denoising progress of the running call in [0, 1], NaN when unknown."""
@@ -144,6 +146,16 @@ def meet(arguments: Sequence[Any], attention: bool) -> None:
     publisher = call.publisher if call is not None else owner_of(arguments)
     if publisher is not None:
         publisher.met = publisher.met or attention
+
+
+def first_capture(arguments: Sequence[Any]) -> bool:
+    """Whether no CUDA graph was captured before around code that is told its step by this call's publisher."""
+    call = _CALL.get()
+    publisher = call.publisher if call is not None else owner_of(arguments)
+    if publisher is None or publisher.captured:
+        return False
+    publisher.captured = True
+    return True
 
 
 @contextmanager

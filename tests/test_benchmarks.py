@@ -23,7 +23,7 @@ def script(name: str, *args: str | Path) -> dict[str, Any]:
     done = subprocess.run(command, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, f"{done.stdout}\n{done.stderr}"
     report: dict[str, Any] = json.loads(path.read_text())
-    assert report["benchmark"] == name
+    assert report["benchmark"] == Path(name).name
     assert report["machine"]["torch"]
     return report
 
@@ -107,6 +107,15 @@ def test_quick_runs(name: str, figure: str, tmp_path: Path, figures: ModuleType)
     report = script(name, "--quick", "--json", tmp_path / f"{name}.json")
     assert report["rows"]
     assert figure in figures.block(tmp_path) + json.dumps(report["summary"])
+
+
+@pytest.mark.slow
+def test_tuning_as_on_a_gpu(tmp_path: Path) -> None:
+    report = script("gpu/tune_gpu", "--cases", "small", "--device", "cpu", "--json", tmp_path / "tune_gpu.json")
+    (row,) = report["rows"]
+    assert row["winner_ms"] <= row["default_ms"]
+    assert row["error"] < 2e-2
+    assert len(row["tried"]) > 1
 
 
 def test_readme_block_is_up_to_date(figures: ModuleType) -> None:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import logging
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from models.diffusers_zoo import DIFFUSERS_ZOO
 from models.zoo import wan, wan_inputs
 from torch import fx
 from torch._inductor import config
@@ -15,6 +17,8 @@ import fpscompile
 from fpscompile import backend as backend_module
 from fpscompile import inner as inner_module
 from fpscompile.backend import Backend
+from fpscompile.errors import OptionError, UnsupportedError
+from fpscompile.inner import ANNOTATION
 from fpscompile.settings import Settings
 from fpscompile.windows import TopK
 
@@ -112,10 +116,72 @@ def test_inductors_own_switch_counts(given: list[dict[str, Any]]) -> None:
     assert given[0]["triton.cudagraphs"] is False
 
 
-def test_another_inner_compiler_makes_none() -> None:
-    torch._dynamo.reset()
+def test_another_inner_compiler_makes_none(given: list[dict[str, Any]]) -> None:
     with config.patch({"triton.cudagraphs": True}):
         assert notes(blocks(inner="eager", lowering="gather")) == []
+    assert not given
+
+
+@pytest.mark.parametrize("wish", [True, False, None])
+def test_an_annotation_counts_before_the_option(wish: bool | None, given: list[dict[str, Any]]) -> None:
+    """``torch._dynamo.override_cudagraphs`` leaves it in the graph, from torch 2.13 on; Inductor puts it first."""
+    backend = Backend(Settings.from_options(OPTIONS | {"lowering": "gather", "inner_options": GRAPHS}))
+    left: list[Any] = []
+
+    def annotated(gm: fx.GraphModule, inputs: list[Any]) -> Any:
+        gm.meta[ANNOTATION] = SimpleNamespace(fwd=wish, bwd=None)
+        compiled = backend(gm, inputs)
+        left.append(gm.meta.get(ANNOTATION))
+        return compiled
+
+    with torch.no_grad():
+        torch.compile(wan(layers=1), backend=annotated)(**wan_inputs(GRID))
+    assert len(notes(backend)) == (wish is not False)
+    assert given[0]["triton.cudagraphs"] is (wish is False)
+    assert (left[0] is not None) == (wish is False)
+
+
+def test_a_step_on_the_cpu_takes_them_off(given: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch) -> None:
+    """The model moves its timestep to the GPU itself; the phase is computed where the input is."""
+    schedule = fpscompile.Schedule((fpscompile.Phase(0, 0.5, density=1.0), fpscompile.Phase(0.5, 1, window=(1, 2, 2))))
+    options = {"inner_options": GRAPHS, "window": None, "schedule": schedule}
+    assert notes(whole(**options)) == []
+    torch._dynamo.reset()
+    found = inner_module.device_type
+    phase = torch.ops.fps.phase_index.default
+    monkeypatch.setattr(inner_module, "device_type", lambda node: "cpu" if node.target is phase else found(node))
+    (message,) = notes(whole(**options))
+    assert "timestep input" in message
+    assert [patches["triton.cudagraphs"] for patches in given] == [True, False]
+
+
+def test_a_rotary_table_has_no_remedy(given: list[dict[str, Any]]) -> None:
+    entry = DIFFUSERS_ZOO["minimax-h3"]
+    backend = Backend(Settings.from_options(OPTIONS | {"window": None, "density": 1.0, "inner_options": GRAPHS}))
+    with torch.no_grad():
+        torch.compile(entry.build(), backend=backend)(**entry.inputs(entry.grid))
+    assert given[0]["triton.cudagraphs"] is False
+    assert notes(backend) == ["the grid of the video is read from a rotary table at every call"]
+
+
+def test_who_wants_graphs_or_an_error_gets_the_error(given: list[dict[str, Any]]) -> None:
+    wish = GRAPHS | {"triton.cudagraph_or_error": True}
+    assert notes(whole(inner_options=wish)) == []
+    torch._dynamo.reset()
+    with pytest.raises(torch._dynamo.exc.BackendCompilerFailed, match=TOLD + "lowering 'gather'") as caught:
+        whole(inner_options=wish, lowering="gather")
+    assert isinstance(caught.value.inner_exception, UnsupportedError)
+
+
+def test_explain_refuses_what_compiling_refuses() -> None:
+    with pytest.raises(OptionError, match="inner_options has no key 'nope'"):
+        fpscompile.explain(wan(layers=1), options={"inner_options": {"nope": 1}}, **wan_inputs(GRID))
+
+
+def test_it_is_loud(given: list[dict[str, Any]], caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.WARNING, "fpscompile"):
+        whole(inner_options=GRAPHS, lowering="gather")
+    assert [message for message in caplog.messages if message.startswith(TOLD)]
 
 
 def test_explain_says_it(given: list[dict[str, Any]]) -> None:
@@ -146,6 +212,9 @@ def test_a_capture_around_a_step_that_attach_tells(
         model(**wan_inputs(GRID))
         assert not caplog.messages
         monkeypatch.setattr(backend_module, "capturing", lambda device: True)
-        model(**wan_inputs(GRID))
-    told = [message for message in caplog.messages if "replays keep the phase of this step (progress 0.750)" in message]
+        for step in (3, 2, 3):  # one graph per phase, as the warning advises
+            if known:
+                attached.step(step, 4)
+            model(**wan_inputs(GRID))
+    told = [message for message in caplog.messages if "the phase of their step (here at progress 0.750)" in message]
     assert len(told) == len(caplog.messages) == int(known)

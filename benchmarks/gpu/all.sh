@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
-# One visit to a GPU machine, about ten minutes: device tests, memory checker, kernel table, whole models. Other tiles,
-# FlexAttention and kernels without quantization take longer: attention_gpu.py by itself.
+# One visit to a GPU machine, about ten minutes: device tests, memory checker, kernel table, whole models, tuning. Other
+# tiles, FlexAttention and kernels without quantization take longer: attention_gpu.py by itself.
 #
 #   benchmarks/gpu/all.sh [RESULTS]      RESULTS: folder for JSON and logs, default benchmarks/results
 #
-# Uses the machine's own python3 and torch; the package need not be installed. Whole models need diffusers.
+# Uses the machine's own python3 and torch; the package need not be installed. Whole models and tuning need diffusers.
 set -u
 cd "$(dirname "$0")/../.."
 results=${1:-benchmarks/results}
@@ -20,8 +20,9 @@ timeout 60 compute-sanitizer --tool memcheck python3 -m pytest -q -x tests/gpu/t
     -p no:cacheprovider >>"$results/memcheck.log" 2>&1
 timeout 150 python3 benchmarks/gpu/attention_gpu.py --fitting --quants fp8 --json "$results/attention_gpu.json" 2>&1 |
     tee "$results/attention_gpu.log"
-timeout 240 python3 benchmarks/gpu/model_gpu.py --models 14B --sizes 720p --rounds 2 --json "$results/model_gpu.json" 2>&1 |
-    tee "$results/model_gpu.log" | grep variant
+timeout 180 python3 benchmarks/gpu/model_gpu.py --models 14B --sizes 720p --rounds 2 --json "$results/model_gpu.json" \
+    --variants inductor fps "fps, static fp8 linears" 2>&1 | tee "$results/model_gpu.log" | grep variant
+timeout 90 python3 benchmarks/gpu/tune_gpu.py --json "$results/tune_gpu.json" 2>&1 | tee "$results/tune_gpu.log" | grep Wan
 timeout 90 python3 benchmarks/gpu/remainder_gpu.py --json "$results/remainder_gpu.json" >"$results/remainder_gpu.log" 2>&1
 timeout 120 python3 benchmarks/gpu/profile_model.py --json "$results/profile_model.json" >"$results/profile_model.log" 2>&1
 

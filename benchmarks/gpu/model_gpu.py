@@ -183,16 +183,19 @@ def rows_of(variants: list[str], densities: list[float]) -> list[tuple[str, floa
     return [(which, d) for which in variants for d in (densities if which.startswith("fps") else [1.0])]
 
 
-def rows_beside(options: argparse.Namespace) -> list[dict[str, Any]]:
-    """Rows of the file that stay: of models and sizes that are not measured now."""
+def rows_there(options: argparse.Namespace) -> list[dict[str, Any]]:
+    """Rows of the file that new ones are added to."""
     if not options.add or not options.json or not Path(options.json).exists():
         return []
-    found = json.loads(Path(options.json).read_text())["rows"]
-    return [row for row in found if row["model"] not in options.models or row["size"] not in options.sizes]
+    found: list[dict[str, Any]] = json.loads(Path(options.json).read_text())["rows"]
+    return found
 
 
-def write(options: argparse.Namespace, rows: list[dict[str, Any]]) -> None:
+def write(options: argparse.Namespace, rows: list[dict[str, Any]], there: list[dict[str, Any]]) -> None:
+    """``rows``, and those of ``there`` that are of other models and sizes."""
     if options.json:
+        cases = {(row["model"], row["size"]) for row in rows}
+        rows = [row for row in there if (row["model"], row["size"]) not in cases] + rows
         machine = {"gpu": torch.cuda.get_device_name(), "torch": torch.__version__, "triton": triton.__version__}
         report = {"benchmark": "model_gpu", "machine": machine, "options": vars(options), "rows": rows}
         Path(options.json).write_text(json.dumps(report, indent=1))
@@ -216,7 +219,8 @@ def main() -> None:
     if GPUS > 1:
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         dist.init_process_group("nccl")
-    rows = rows_beside(options)
+    rows: list[dict[str, Any]] = []
+    there = rows_there(options)
     for name in options.models:
         for size in options.sizes:
             base = None
@@ -234,7 +238,7 @@ def main() -> None:
                     row["difference"] = ((out.float() - base[1].float()).norm() / base[1].float().norm()).item()
                 rows.append(row)
                 if RANK == 0:
-                    write(options, rows)
+                    write(options, rows, there)
                     print({key: round(x, 3) if isinstance(x, float) else x for key, x in row.items()}, flush=True)
     if GPUS > 1:
         dist.destroy_process_group()

@@ -344,8 +344,10 @@ def sizes_table(report: dict[str, Any]) -> str:
         base = next(other for other in report["rows"] if _same_case(row, other) and other["variant"] == "inductor")
         distance = f"{row['difference']:.3f}" if "difference" in row else ""
         cells = (f"{row['model']} {row['size']}", row["variant"], f"{row['density']:g}", f"{row['ms'] / 1e3:.3f}")
-        cells += (f"{row['graph_ms'] / 1e3:.3f}", f"{base['ms'] / row['ms']:.2f}x", f"{row['peak_mib']:,.0f}")
-        lines.append(f"| {' | '.join(cells)} | {row['graph_mib']:,.0f} | {distance} |")
+        graph = f"{row['graph_ms'] / 1e3:.3f}" if "graph_ms" in row else f"failed: {row['graph_failed']}"
+        cells += (graph, f"{base['ms'] / row['ms']:.2f}x", f"{row['peak_mib']:,.0f}")
+        own = f"{row['graph_mib']:,.0f}" if "graph_mib" in row else ""
+        lines.append(f"| {' | '.join(cells)} | {own} | {distance} |")
     return "\n".join(lines)
 
 
@@ -355,7 +357,7 @@ def _same_case(row: dict[str, Any], other: dict[str, Any]) -> bool:
 
 def sizes(report: dict[str, Any]) -> str:
     """What the table of all sizes shows."""
-    rows = report["rows"]
+    rows = [row for row in report["rows"] if "graph_ms" in row]
     assert all(row["graph_difference"] == 0.0 for row in rows)
     assert {row["graphs"] for row in rows if row["variant"] != "eager"} == {1}
     gains = {(row["model"], row["size"]): [] for row in rows}

@@ -36,7 +36,6 @@ from fpscompile.gpu.config import padded
 from fpscompile.gpu.operands import KeyBias, Packed
 from fpscompile.gpu.tables import Tables, in_slots, of_tokens, tables_of
 from fpscompile.hadamard import unrotate
-from fpscompile.kept import outside_graphs
 from fpscompile.kernel_spec import KernelSpec
 from fpscompile.masks import BlockMask
 from fpscompile.plan import ResolvedPlan
@@ -289,7 +288,7 @@ def _ranks(tables: Tables) -> torch.Tensor:
     """int32, shaped like ``tables.queries.index``: where, in the list of the entry's query tile, the units of this
     key tile begin. Past the count: anything in range."""
     if tables not in _rank_cache:
-        _rank_cache[tables] = outside_graphs(tables.q_token.device, lambda: _make_ranks(tables))
+        _rank_cache[tables] = tables.keep(lambda: _make_ranks(tables))
     return _rank_cache[tables]
 
 

@@ -6,6 +6,8 @@ otherwise one block of a tile. Units that hold no token are never listed.
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
@@ -16,7 +18,7 @@ from fpscompile.masks import BlockMask
 from fpscompile.plan import ResolvedPlan
 from fpscompile.tiling import TileLayout
 
-CACHED = 64
+CACHED = 256
 """Resolved plans whose tables stay on their device; the least recently used goes first."""
 
 
@@ -54,7 +56,13 @@ class Tables:
     """int64 [q_tiles, 2] on the CPU: (tile, tokens), in the order in which programs take them, the busiest first."""
     k_tiles: torch.Tensor
     """The same for keys."""
+    lasting: bool = True
+    """Whether they outlive the call that they were made for."""
     _blocks: dict[tuple[str, int, int], torch.Tensor] = field(default_factory=dict, repr=False)
+
+    def keep(self, make: Callable[[], torch.Tensor]) -> torch.Tensor:
+        """What ``make`` returns, for as long as the tables are kept."""
+        return outside_graphs(self.q_token.device, make) if self.lasting else make()
 
     @property
     def q_slots(self) -> int:
@@ -85,8 +93,7 @@ class Tables:
             start = (torch.arange(int(each.sum())) - (each.cumsum(0) - each).repeat_interleave(each)) * rows
             tile, size = tile.repeat_interleave(each), size.repeat_interleave(each)
             blocks = torch.stack((tile, tile * self.slots + start, (size - start).clamp(0, rows)), 1)
-            device = self.q_token.device
-            self._blocks[key] = outside_graphs(device, lambda: blocks.to(torch.int32).to(device))
+            self._blocks[key] = self.keep(lambda: blocks.to(torch.int32).to(self.q_token.device))
         return self._blocks[key]
 
 
@@ -104,7 +111,7 @@ def of_tokens(x: torch.Tensor, token: torch.Tensor, length: int) -> torch.Tensor
 def tables_of(resolved: ResolvedPlan, device: torch.device, block_mask: BlockMask | None = None) -> Tables:
     """The tables of ``resolved`` on ``device``; cached unless ``block_mask`` takes the place of the plan's."""
     if block_mask is not None:
-        return _tables(resolved, block_mask, device)
+        return dataclasses.replace(_tables(resolved, block_mask, device), lasting=False)
     return _tables_of_plan(resolved, device)
 
 
