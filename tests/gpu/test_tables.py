@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from fpscompile.gpu import tables as module
 from fpscompile.gpu.tables import Tables, tables_of
 from fpscompile.plan import PhasePlan, Plan, resolve
 
@@ -74,3 +75,16 @@ def test_blocks_are_made_once() -> None:
     assert made.query_blocks(64) is made.query_blocks(64)
     assert made.query_blocks(64) is not made.key_blocks(64)
     assert made.query_blocks(16, whole_units=True) is not made.query_blocks(16)
+
+
+@pytest.mark.parametrize("lasting", [True, False])
+def test_only_what_outlives_a_call_is_made_apart(lasting: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tiles chosen by content are another call's next time: no thread, and no wait for the GPU, is spent on them."""
+    plan = Plan(tile=(2, 4, 8), phases=(PhasePlan(window=(1, 1, 1)),), quant="fp8", lowering="triton")
+    resolved = resolve(plan, GRID, 512, 512)
+    made = tables_of(resolved, torch.device("cpu"), None if lasting else resolved.block_mask)
+    assert made.lasting == lasting
+    apart = []
+    monkeypatch.setattr(module, "outside_graphs", lambda device, make: apart.append(device) or make())
+    assert made.query_blocks(16).shape == (32, 3)
+    assert len(apart) == int(lasting)
