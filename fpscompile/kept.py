@@ -68,6 +68,15 @@ def capturing(device: torch.device) -> bool:
     return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
+def refuse_capture(device: torch.device, what: str) -> None:
+    """Raises UnsupportedError while a CUDA graph is being captured: the host must read ``what`` off the device."""
+    if capturing(device):
+        raise UnsupportedError(
+            f"{what} is read by the host at every call, which a CUDA graph that is being captured does not allow; run "
+            "this model without capturing it"
+        )
+
+
 def outside_graphs(device: torch.device, make: Callable[[], T]) -> T:
     """``make()`` on a thread of its own, finished on return.
 
@@ -104,4 +113,4 @@ def outside_graphs(device: torch.device, make: Callable[[], T]) -> T:
     return results[0]
 
 
-__all__ = ["capturing", "integers", "kept", "outside_graphs"]
+__all__ = ["capturing", "integers", "kept", "outside_graphs", "refuse_capture"]

@@ -54,6 +54,7 @@ import torch
 from fpscompile import lowerings
 from fpscompile import selection as selection_of
 from fpscompile.errors import GridError, OptionError, UnsupportedError
+from fpscompile.kept import refuse_capture
 from fpscompile.phase_index import phase_index
 from fpscompile.plan import Plan, ResolvedPlan, resolve
 from fpscompile.tiling import Grid
@@ -405,6 +406,7 @@ def _check_phases(phase: torch.Tensor, batch: int) -> None:
 def _phase_numbers(phase: torch.Tensor, batch: int, count: int) -> tuple[int, ...]:
     """One phase per batch element, read off the device."""
     _check_phases(phase, batch)
+    refuse_capture(phase.device, "the denoising phase of this lowering, or of tiles chosen by content,")
     given = phase.reshape(-1).tolist()
     for index in given:
         if not 0 <= index < count:

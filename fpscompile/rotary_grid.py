@@ -22,6 +22,7 @@ import itertools
 import torch
 
 from fpscompile.errors import GridError
+from fpscompile.kept import refuse_capture
 
 Grid = tuple[int, int, int]
 
@@ -192,7 +193,9 @@ def _rotary_grid(table: torch.Tensor, dim: int, start: int, count: int) -> torch
 
     Raises:
         GridError: the values of this call prove no grid.
+        UnsupportedError: a CUDA graph is being captured.
     """
+    refuse_capture(table.device, "the grid that a rotary table shows")
     grid = grid_of_table(table, dim, start, count)
     if grid is None:
         raise GridError(

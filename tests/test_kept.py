@@ -12,9 +12,12 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+import fpscompile.ops
+import fpscompile.rotary_grid  # noqa: F401  (with ops: registers torch.ops.fps)
 from fpscompile import kept as module
 from fpscompile.errors import UnsupportedError
 from fpscompile.kept import integers, kept, outside_graphs
+from fpscompile.plan import PhasePlan, Plan
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
 
@@ -158,6 +161,24 @@ def test_an_error_on_the_way_is_the_callers() -> None:
         with pytest.raises(ValueError, match="no"):
             fails(CPU)
     assert made == [0]
+
+
+@pytest.mark.parametrize("call", ["phase", "table"])
+def test_what_the_host_reads_is_refused_under_a_capture(call: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    plan = Plan(tile=(2, 4, 4), phases=(PhasePlan(density=1.0),), lowering="gather").to_json()
+    q, span = torch.randn(1, 1, 96, 32), [0, 96]
+    phase, rows = torch.zeros(1, dtype=torch.int32), torch.arange(96)
+    table = torch.stack((rows // 24, rows // 6 % 4, rows % 6), 1).float().div(10).sin()
+
+    def run() -> object:
+        if call == "table":
+            return torch.ops.fps.rotary_grid(table, 0, 0, 96)
+        return torch.ops.fps.attention(q, q, q, None, phase, [4, 4, 6], None, span, span, None, plan)
+
+    run()
+    monkeypatch.setattr(module, "capturing", lambda device: True)
+    with pytest.raises(UnsupportedError, match=r"read by the host at every call.*run this model without capturing"):
+        run()
 
 
 def test_integers() -> None:
