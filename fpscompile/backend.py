@@ -36,7 +36,6 @@ logger = logging.getLogger(__name__)
 LOUD = ("tuning-ignored", "calibration-ignored", "cuda-graphs")
 """Notes that are logged as warnings though strict accepts them: the model is right, only not as it was asked for."""
 
-
 CAPTURED = (
     "a CUDA graph is being captured around compiled code that fpscompile.attach tells the denoising step: replays keep "
     "the phase of their step (here at progress %.3f). Capture one graph per phase; or compile the whole model and "
@@ -86,7 +85,7 @@ class Backend:
     def __call__(self, gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Compiled:
         inner = self.inner or inner_compiler(self.settings, self.mode)
         record, state = rewrite(gm, self.settings, detail=self.detail)
-        note_on_graphs(state, self.settings, self.mode)
+        note_on_graphs(state, self.mode)
         _log(record)
         if self.settings.strict:
             _check_strict(record)

@@ -15,8 +15,6 @@ from fpscompile.settings import Settings
 
 Compiled = Callable[..., Any]
 
-NO_GRAPH = "Inductor makes no CUDA graph of this graph: "
-
 ANNOTATION = "cudagraph_annotation"
 """Where ``torch._dynamo.override_cudagraphs`` leaves its wish in a graph's ``meta``; it wins over the option."""
 
@@ -65,7 +63,6 @@ def _patches(options: dict[str, Any], mode: str | None) -> dict[str, Any]:
         if name not in known:
             raise OptionError(f"inner_options has no key {key!r}: it is not an option of Inductor")
         patches[name] = value
-
     return patches
 
 
@@ -74,10 +71,10 @@ def _inductor(patches: dict[str, Any]) -> Callable[[fx.GraphModule, list[Any]], 
 
     def inductor(gm: fx.GraphModule, inputs: list[Any]) -> Compiled:
         own = {**_memory_options(gm), **patches}
-        reason = next(filter(None, map(why_no_graph, _on_gpu(gm))), None)
-        if reason is not None and _captures(gm, patches):
+        refused = _refused_graphs(gm, patches)
+        if refused:
             if patches.get("triton.cudagraph_or_error", config.triton.cudagraph_or_error):
-                raise UnsupportedError(NO_GRAPH + reason)
+                raise UnsupportedError(refused[0])
             own["triton.cudagraphs"] = False
             gm.meta.pop(ANNOTATION, None)
         compiled: Any = compile_fx.compile_fx(gm, inputs, config_patches=own or None)
@@ -104,12 +101,15 @@ def _on_gpu(gm: fx.GraphModule) -> Iterator[fx.Node]:
     return (node for node in attention if device_type(node.args[0]) == "cuda")
 
 
-def _captures(gm: fx.GraphModule, patches: dict[str, Any]) -> bool:
-    """Whether Inductor is asked for CUDA graphs of ``gm``."""
+def _refused_graphs(gm: fx.GraphModule, patches: dict[str, Any]) -> list[str]:
+    """Why Inductor makes no CUDA graph of ``gm``, though it was asked to; empty where it was not, or makes one."""
     from torch._inductor import config
 
     wish = getattr(gm.meta.get(ANNOTATION), "fwd", None)
-    return bool(patches.get("triton.cudagraphs", config.triton.cudagraphs) if wish is None else wish)
+    if not (patches.get("triton.cudagraphs", config.triton.cudagraphs) if wish is None else wish):
+        return []
+    reasons = dict.fromkeys(filter(None, map(why_no_graph, _on_gpu(gm))))
+    return [f"Inductor makes no CUDA graph of this graph: {reason}" for reason in reasons]
 
 
 def why_no_graph(attention: fx.Node) -> str | None:
@@ -134,13 +134,11 @@ def why_no_graph(attention: fx.Node) -> str | None:
     return None
 
 
-def note_on_graphs(state: GraphState, settings: Settings, mode: str | None) -> None:
+def note_on_graphs(state: GraphState, mode: str | None) -> None:
     """Note that Inductor was asked for CUDA graphs and makes none."""
-    if settings.inner != "inductor" or not _captures(state.gm, _patches(dict(settings.inner_options), mode)):
-        return
-    for reason in dict.fromkeys(map(why_no_graph, _on_gpu(state.gm))):
-        if reason is not None:
-            state.note("info", "cuda-graphs", NO_GRAPH + reason)
+    if state.settings.inner == "inductor":
+        for refusal in _refused_graphs(state.gm, _patches(dict(state.settings.inner_options), mode)):
+            state.note("info", "cuda-graphs", refusal)
 
 
 def check_cpp_compiler(gm: fx.GraphModule) -> None:

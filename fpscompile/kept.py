@@ -12,6 +12,7 @@ import functools
 import threading
 from collections import OrderedDict
 from collections.abc import Callable
+from concurrent.futures import Future
 from typing import Any, TypeVar
 
 import torch
@@ -93,24 +94,21 @@ def outside_graphs(device: torch.device, make: Callable[[], T]) -> T:
             "same shapes"
         )
     stream = torch.cuda.current_stream(device) if device.type == "cuda" else None
-    results: list[T] = []
-    errors: list[BaseException] = []
+    future: Future[T] = Future()
 
     def run() -> None:
         try:
             with torch.cuda.stream(stream) if stream is not None else contextlib.nullcontext():
-                results.append(make())
+                made = make()
                 if stream is not None:
                     stream.synchronize()
+            future.set_result(made)
         except BaseException as error:  # the caller's to handle
-            errors.append(error)
+            future.set_exception(error)
 
-    thread = threading.Thread(target=run, name="fpscompile-kept")
-    thread.start()
-    thread.join()
-    if errors:
-        raise errors[0]
-    return results[0]
+    # Not a pool of threads, which takes no work once the main thread has ended.
+    threading.Thread(target=run, name="fpscompile-kept").start()
+    return future.result()
 
 
 __all__ = ["capturing", "integers", "kept", "outside_graphs", "refuse_capture"]

@@ -124,6 +124,12 @@ def owner_of(arguments: Sequence[Any]) -> Publisher | None:
     return None
 
 
+def _publisher_of(arguments: Sequence[Any]) -> Publisher | None:
+    """Of the running call, else of the weights."""
+    call = _CALL.get()
+    return call.publisher if call is not None else owner_of(arguments)
+
+
 def weight_names(arguments: Sequence[Any]) -> Iterator[str]:
     """Names of the owned weights among a compiled graph's arguments, in order."""
     if not _OWNERS:
@@ -142,16 +148,14 @@ def all_weight_names(publisher: Publisher) -> list[str]:
 
 def meet(arguments: Sequence[Any], attention: bool) -> None:
     """A graph runs: whoever is attached to its model learns whether it holds attention, or said why it shows none."""
-    call = _CALL.get()
-    publisher = call.publisher if call is not None else owner_of(arguments)
+    publisher = _publisher_of(arguments)
     if publisher is not None:
         publisher.met = publisher.met or attention
 
 
 def first_capture(arguments: Sequence[Any]) -> bool:
     """Whether no CUDA graph was captured before around code that is told its step by this call's publisher."""
-    call = _CALL.get()
-    publisher = call.publisher if call is not None else owner_of(arguments)
+    publisher = _publisher_of(arguments)
     if publisher is None or publisher.captured:
         return False
     publisher.captured = True

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import subprocess
 import sys
@@ -11,6 +10,7 @@ from types import ModuleType
 from typing import Any
 
 import pytest
+import scripts
 
 ROOT = Path(__file__).resolve().parent.parent
 BENCHMARKS = ROOT / "benchmarks"
@@ -28,18 +28,9 @@ def script(name: str, *args: str | Path) -> dict[str, Any]:
     return report
 
 
-def module_of(script: str) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(Path(script).name, BENCHMARKS / f"{script}.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 @pytest.fixture
 def figures() -> ModuleType:
-    return module_of("readme_figures")
+    return scripts.load("benchmarks/readme_figures.py")
 
 
 @pytest.mark.slow
@@ -111,7 +102,8 @@ def test_quick_runs(name: str, figure: str, tmp_path: Path, figures: ModuleType)
 
 @pytest.mark.slow
 def test_tuning_as_on_a_gpu(tmp_path: Path) -> None:
-    report = script("gpu/tune_gpu", "--cases", "small", "--device", "cpu", "--json", tmp_path / "tune_gpu.json")
+    small = ("--models", "1.3B", "--sizes", "480p", "--latents", "4", "16", "16", "--tile", "2", "4", "4")
+    report = script("gpu/tune_gpu", *small, "--device", "cpu", "--json", tmp_path / "tune_gpu.json")
     (row,) = report["rows"]
     assert row["winner_ms"] <= row["default_ms"]
     assert row["error"] < 2e-2
@@ -124,7 +116,7 @@ def test_readme_block_is_up_to_date(figures: ModuleType) -> None:
 
 
 def test_measured_page_is_up_to_date(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    outcomes = module_of("gpu/outcomes")
+    outcomes = scripts.load("benchmarks/gpu/outcomes.py")
     monkeypatch.setattr(outcomes, "PAGE", tmp_path / "page.md")
     outcomes.main()
     assert (tmp_path / "page.md").read_text() == (ROOT / "docs" / "performance_measured.md").read_text()

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import importlib.util
 import io
 import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
+import scripts
 
 from fpscompile.pictures import MatplotlibMissingError, mask_figure, schedule_figure, window_figure
 from fpscompile.plan import PhasePlan, Plan, ResolvedPlan, resolve
@@ -88,13 +88,7 @@ def test_figures_of_other_windows() -> None:
 
 def test_the_page_of_windows_is_up_to_date() -> None:
     """docs/make_windows.py makes what is in docs/, and little of it."""
-    docs = Path(__file__).resolve().parent.parent / "docs"
-    spec = importlib.util.spec_from_file_location("make_windows", docs / "make_windows.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["make_windows"] = module
-    spec.loader.exec_module(module)
+    docs, module = scripts.ROOT / "docs", scripts.load("docs/make_windows.py")
     pages = module.pages()
     for path, text in pages.items():
         assert (docs / path).read_text(encoding="utf-8") == text, f"{path} is stale: run python docs/make_windows.py"

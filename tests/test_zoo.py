@@ -12,6 +12,7 @@ from typing import Any
 
 import diffusers
 import pytest
+import scripts
 import torch
 from models.authors_zoo import AUTHORS
 from models.diffusers_zoo import DIFFUSERS_ZOO
@@ -195,12 +196,7 @@ def test_no_video_denoiser_of_diffusers_is_missing() -> None:
 
 def test_the_page_of_models_is_up_to_date() -> None:
     """docs/models.md shows what benchmarks/results holds, and that has a row for every model of the registries."""
-    root = Path(__file__).resolve().parent.parent
-    spec = importlib.util.spec_from_file_location("models_table", root / "benchmarks" / "models_table.py")
-    assert spec is not None
-    assert spec.loader is not None
-    table = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(table)
+    table = scripts.load("benchmarks/models_table.py")
     report = json.loads(table.RESULTS.read_text())
     assert [(row["group"], row["model"]) for row in report["rows"]] == [
         *(("diffusers", name) for name in DIFFUSERS_ZOO),

@@ -52,14 +52,14 @@ CALIBRATION = (5, 30, 52)
 """Frames, height and width of the latents that static scales are calibrated with."""
 
 
-def build(name: str, layers: int | None) -> torch.nn.Module:
+def build(name: str, layers: int | None, device: str = "cuda") -> torch.nn.Module:
     config = dict(MODELS[name])
     if layers:
         config["num_layers"] = layers
     torch.manual_seed(0)
     torch.set_default_dtype(torch.bfloat16)
     try:
-        with torch.device("cuda"):
+        with torch.device(device):
             model = diffusers.WanTransformer3DModel(
                 attention_head_dim=128, in_channels=16, out_channels=16, text_dim=4096, freq_dim=256,
                 cross_attn_norm=True, qk_norm="rms_norm_across_heads", rope_max_seq_len=1024, **config,
@@ -73,12 +73,13 @@ def inputs(size: str) -> dict[str, Any]:
     return random_inputs(SIZES[size], 1)
 
 
-def random_inputs(latents: tuple[int, int, int], seed: int) -> dict[str, Any]:
-    generator = torch.Generator("cuda").manual_seed(seed)
+def random_inputs(latents: tuple[int, int, int], seed: int, device: str = "cuda") -> dict[str, Any]:
+    how: dict[str, Any] = {"generator": torch.Generator(device).manual_seed(seed), "device": device}
+    how["dtype"] = torch.bfloat16
     return {
-        "hidden_states": torch.randn(1, 16, *latents, generator=generator, device="cuda", dtype=torch.bfloat16),
-        "timestep": torch.full((1,), 500.0, device="cuda"),
-        "encoder_hidden_states": torch.randn(1, 512, 4096, generator=generator, device="cuda", dtype=torch.bfloat16),
+        "hidden_states": torch.randn(1, 16, *latents, **how),
+        "timestep": torch.full((1,), 500.0, device=device),
+        "encoder_hidden_states": torch.randn(1, 512, 4096, **how),
         "return_dict": False,
     }
 

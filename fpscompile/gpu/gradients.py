@@ -21,7 +21,6 @@ standard deviations, 1.4e-2 to 1.9e-2 instead of 1e-2 with one of 6). A float32 
 from __future__ import annotations
 
 import dataclasses
-import weakref
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -281,15 +280,10 @@ def _warps(warps: int, planned: int, rows: int) -> int:
     return min(warps, 4) if rows == 64 < planned else warps
 
 
-_rank_cache: weakref.WeakKeyDictionary[Tables, torch.Tensor] = weakref.WeakKeyDictionary()
-
-
 def _ranks(tables: Tables) -> torch.Tensor:
     """int32, shaped like ``tables.queries.index``: where, in the list of the entry's query tile, the units of this
     key tile begin. Past the count: anything in range."""
-    if tables not in _rank_cache:
-        _rank_cache[tables] = tables.keep(lambda: _make_ranks(tables))
-    return _rank_cache[tables]
+    return tables.keep("ranks", lambda: _make_ranks(tables))
 
 
 def _make_ranks(tables: Tables) -> torch.Tensor:

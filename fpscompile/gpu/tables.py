@@ -7,7 +7,7 @@ otherwise one block of a tile. Units that hold no token are never listed.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
 
 import torch
@@ -58,11 +58,13 @@ class Tables:
     """The same for keys."""
     lasting: bool = True
     """Whether they outlive the call that they were made for."""
-    _blocks: dict[tuple[str, int, int], torch.Tensor] = field(default_factory=dict, repr=False)
+    _kept: dict[Hashable, torch.Tensor] = field(default_factory=dict, repr=False)
 
-    def keep(self, make: Callable[[], torch.Tensor]) -> torch.Tensor:
-        """What ``make`` returns, for as long as the tables are kept."""
-        return outside_graphs(self.q_token.device, make) if self.lasting else make()
+    def keep(self, key: Hashable, make: Callable[[], torch.Tensor]) -> torch.Tensor:
+        """What ``make`` returned for ``key`` the first time, on the tables' device; kept as long as they are."""
+        if key not in self._kept:
+            self._kept[key] = outside_graphs(self.q_token.device, make) if self.lasting else make()
+        return self._kept[key]
 
     @property
     def q_slots(self) -> int:
@@ -85,16 +87,16 @@ class Tables:
         return self._row_blocks("k", self.k_tiles, rows, rows)
 
     def _row_blocks(self, side: str, tiles: torch.Tensor, rows: int, unit: int) -> torch.Tensor:
-        key = (side, rows, unit)
-        if key not in self._blocks:
+        def make() -> torch.Tensor:
             tile, size = tiles.unbind(1)
             slots = -(-size // unit) * unit
             each = -(-slots // rows)
             start = (torch.arange(int(each.sum())) - (each.cumsum(0) - each).repeat_interleave(each)) * rows
             tile, size = tile.repeat_interleave(each), size.repeat_interleave(each)
             blocks = torch.stack((tile, tile * self.slots + start, (size - start).clamp(0, rows)), 1)
-            self._blocks[key] = self.keep(lambda: blocks.to(torch.int32).to(self.q_token.device))
-        return self._blocks[key]
+            return blocks.to(torch.int32).to(self.q_token.device)
+
+        return self.keep((side, rows, unit), make)
 
 
 def in_slots(x: torch.Tensor, token: torch.Tensor, fill: float) -> torch.Tensor:

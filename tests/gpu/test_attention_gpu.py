@@ -4,27 +4,17 @@ from __future__ import annotations
 
 import contextlib
 import gc
-import importlib.util
-import sys
 import weakref
-from pathlib import Path
 from types import ModuleType
 
 import pytest
+import scripts
 import torch
-
-FOLDER = Path(__file__).resolve().parents[2] / "benchmarks" / "gpu"
 
 
 @pytest.fixture(scope="module")
 def table() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("attention_gpu", FOLDER / "attention_gpu.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # dataclasses look their module up
-    spec.loader.exec_module(module)
-    return module
+    return scripts.load("benchmarks/gpu/attention_gpu.py")
 
 
 def test_more_is_what_the_table_leaves_out(table: ModuleType) -> None:

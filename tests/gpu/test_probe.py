@@ -2,27 +2,20 @@
 
 from __future__ import annotations
 
-import importlib.util
-import sys
-from pathlib import Path
 from types import FunctionType, ModuleType
 from typing import Any
 
 import pytest
+import scripts
 import torch
 
 pytest.importorskip("triton")
-
-PROBE = Path(__file__).resolve().parents[2] / "benchmarks" / "gpu" / "hopper_probe.py"
 
 
 @pytest.fixture(scope="module")
 def probe() -> ModuleType:
     """The script as a module, with its tensors on the CPU."""
-    spec = importlib.util.spec_from_file_location("hopper_probe", PROBE)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
+    module = scripts.load("benchmarks/gpu/hopper_probe.py")
     module.DEVICE = "cpu"
     return module
 
