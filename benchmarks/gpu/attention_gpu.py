@@ -1,6 +1,7 @@
 """The attention kernels on one GPU against every dense bf16 SDPA backend, FlexAttention and our own bf16 form.
 
-    python benchmarks/gpu/attention_gpu.py [--cases NAME ...] [--fitting] [--more] [--flex] [--rounds N] [--json PATH]
+    python benchmarks/gpu/attention_gpu.py [--cases NAME ...] [--fitting | --tile T H W] [--more] [--flex]
+        [--rounds N] [--json PATH]
 
 Every kernel is timed as a CUDA graph, on random data, by CUDA events: small cases would else measure how fast Python
 launches. Interleaved: every round times every kernel of a case for about as long, so that all meet the card equally
@@ -72,6 +73,8 @@ DENSITIES = (1.0, 0.5, 0.2, 0.1, 0.09, 0.05)
 LEFT_OUT = (4, 4, 4), (2, 8, 8), (6, 8, 8)
 """Tiles, and densities, that other cases have with ``--more`` only."""
 SELDOM = 0.5, 0.09, 0.05
+FLEX = {"FlexAttention bf16": None, "FlexAttention bf16, autotuned": "max-autotune-no-cudagraphs"}
+"""FlexAttention by the mode that it is compiled in; autotuned at density 0.2 only."""
 
 
 def wanted(name: str, case: Case, densities: Collection[float], more: bool) -> list[tuple[Grid, float]]:
@@ -140,12 +143,16 @@ def peers(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, pool: Any) -> dict[
     return found
 
 
-def flex(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, resolved: ResolvedPlan) -> Callable[[], object] | None:
-    """FlexAttention with the same mask, tokens already in tile order and padded to whole blocks; None if it fails."""
+def flex(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, resolved: ResolvedPlan, mode: str | None = None
+) -> tuple[Callable[[], object], torch.Tensor] | None:
+    """FlexAttention with the same mask, tokens already in tile order and padded to whole blocks, compiled for just
+    these shapes in ``mode``; with it, what it gave, in the sequence's order. None if it fails."""
     from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
     tables = tables_of(resolved, q.device)
     token = tables.q_token.long().clamp(min=0)
+    shape = (*q.shape[:3], v.shape[-1])
     q, k, v = (x[:, :, token].contiguous() for x in (q, k, v))
     valid = tables.q_token >= 0
     keys = tables.keys
@@ -158,14 +165,16 @@ def flex(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, resolved: ResolvedPl
     def held(b: Any, h: Any, i: Any, j: Any) -> Any:
         return valid[j]
 
-    compiled = torch.compile(flex_attention)
+    compiled = torch.compile(flex_attention, dynamic=False, mode=mode)
     try:
         mask = BlockMask.from_kv_blocks(count, columns, BLOCK_SIZE=128, mask_mod=held)
-        compiled(q, k, v, block_mask=mask)
+        out = compiled(q, k, v, block_mask=mask)
     except Exception as error:
         print(f"  FlexAttention: {type(error).__name__} {str(error)[:200]}")
         return None
-    return lambda: compiled(q, k, v, block_mask=mask)
+    in_order = out.new_empty(shape)
+    in_order[:, :, token[valid]] = out[:, :, valid]
+    return lambda: compiled(q, k, v, block_mask=mask), in_order
 
 
 def error_against_float32(out: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor,
@@ -240,16 +249,21 @@ def ours(
             timed = call
         yield row, timed
         if with_flex and quant == "fp8" and density < 1.0 and tile == (4, 8, 8):
-            compiled = flex(q, k, v, resolved)
-            if compiled is not None:
-                alike = {key: row[key] for key in ("case", "tile", "density")}
-                yield alike | {"kernel": "FlexAttention bf16"}, graphed(compiled, pool)
+            for kernel, mode in FLEX.items():
+                if mode is not None and density != 0.2:
+                    continue
+                found = flex(q, k, v, resolved, mode)
+                if found is not None:
+                    error = error_against_float32(found[1], q, k, v, resolved)
+                    alike = {key: row[key] for key in ("case", "tile", "density")}
+                    yield alike | {"kernel": kernel, "error": error}, graphed(found[0], pool)
 
 
 def rows_of(
     name: str, case: Case, *, with_flex: bool, pairs: list[tuple[Grid, float]], quants: tuple[str, ...], rounds: int
 ) -> list[dict[str, Any]]:
     """All rows of a case, timed in turn."""
+    torch.compiler.reset()  # else FlexAttention's masks of several cases would be more than one function may have
     q, k, v = draw(case)
     pool = torch.cuda.graph_pool_handle()
     timed: list[Timed] = [
@@ -286,6 +300,7 @@ def main() -> None:
     parser.add_argument("--cases", nargs="+", default=list(CASES))
     parser.add_argument("--densities", nargs="+", type=float, default=list(DENSITIES))
     parser.add_argument("--fitting", action="store_true", help="only the tile that fits the grid")
+    parser.add_argument("--tile", nargs=3, type=int, help="only this one, at every density")
     parser.add_argument("--more", action="store_true", help="only what is left out without: see LEFT_OUT, SELDOM")
     parser.add_argument("--flex", action="store_true", help="also FlexAttention, with 4x8x8 tiles")
     parser.add_argument("--rounds", type=int, default=3, help="times that each kernel of a case gets its turn")
@@ -304,6 +319,8 @@ def main() -> None:
             if options.fitting:
                 case = dataclasses.replace(case, tiles=case.tiles[-1:])
             pairs = wanted(name, case, options.densities, options.more)
+            if options.tile:
+                pairs = [(tuple(options.tile), density) for density in options.densities]
             if not pairs:
                 continue
             found = rows_of(

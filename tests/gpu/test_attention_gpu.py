@@ -11,6 +11,12 @@ import pytest
 import scripts
 import torch
 
+from fpscompile.plan import PhasePlan, Plan, resolve
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+TOLERANCE = 1e-5 if DEVICE == "cpu" else 5e-3
+"""A GPU multiplies float32 in TF32."""
+
 
 @pytest.fixture(scope="module")
 def table() -> ModuleType:
@@ -46,3 +52,19 @@ def test_a_graph_keeps_the_operands_of_its_call(table: ModuleType, monkeypatch: 
     del replay
     gc.collect()
     assert operand() is None
+
+
+def test_flex_attention_has_the_same_mask(table: ModuleType) -> None:
+    """A peer that attends to less, or to padding, would be no peer."""
+    case = table.Case((6, 10, 9), 37, 2, 64, ((4, 8, 8),))
+    q, k, v = (torch.randn(1, case.length, case.heads, case.dim, device=DEVICE).transpose(1, 2) for _ in range(3))
+    sparse, dense = (
+        resolve(
+            Plan(tile=(4, 8, 8), phases=(PhasePlan(density=density),), clamp=True, quant="fp8", lowering="triton"),
+            case.grid, case.length, case.length,
+        )
+        for density in (0.4, 1.0)
+    )  # fmt: skip
+    _, found = table.flex(q, k, v, sparse)
+    assert table.error_against_float32(found, q, k, v, sparse) < TOLERANCE
+    assert table.error_against_float32(found, q, k, v, dense) > 0.1
