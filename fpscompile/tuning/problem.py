@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -17,6 +16,7 @@ from fpscompile.masks import Window, with_others
 from fpscompile.plan import PhasePlan, Plan, ResolvedPlan, resolve
 from fpscompile.selection import masks_of_call, pack, select
 from fpscompile.tiling import Grid
+from fpscompile.tuning import clock
 from fpscompile.tuning.signature import Signature, signature_of
 
 SAMPLE_ROWS = 64
@@ -151,12 +151,13 @@ class Problem:
             return self._chosen_runner(module, resolved, tensors)
         on_device = getattr(module, "PHASES_ON_DEVICE", False)
 
+        @functools.cache  # a copy to a GPU waits for it, and is not what is timed
+        def phases_of(phase: int) -> Any:
+            return torch.tensor([phase], dtype=torch.int32, device=self.device) if on_device else (phase,)
+
         def run(phase: int) -> torch.Tensor:
-            phases: Any = (phase,)
-            if on_device:
-                phases = torch.tensor([phase], dtype=torch.int32, device=self.device)
             out, _ = module.forward(
-                q, k, v, key_mask=key_mask, phases=phases, resolved=resolved, scale=self.head_dim**-0.5
+                q, k, v, key_mask=key_mask, phases=phases_of(phase), resolved=resolved, scale=self.head_dim**-0.5
             )
             return out
 
@@ -189,20 +190,10 @@ class Problem:
         run = self.runner(candidate, tensors)
 
         def once() -> float:
-            total = 0.0
-            for phase, share in self.distinct.items():
-                self._wait()
-                start = time.perf_counter()
-                run(phase)
-                self._wait()
-                total += share * (time.perf_counter() - start)
-            return total
+            times = (clock.seconds(functools.partial(run, phase), self.device) for phase in self.distinct)
+            return sum(share * taken for share, taken in zip(self.distinct.values(), times, strict=True))
 
         return once
-
-    def _wait(self) -> None:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
 
     def error(self, candidate: Candidate, tensors: tuple[torch.Tensor, ...]) -> float:
         """The largest relative error over the phases, against exact attention at a sample of query rows."""
