@@ -257,6 +257,21 @@ def attention_gpu(report: dict[str, Any]) -> list[Row]:
     return out
 
 
+def flex_gpu(report: dict[str, Any]) -> list[Row]:
+    """Beside FlexAttention, autotuned."""
+    out = []
+    tuned = [row for row in report["rows"] if row["kernel"] == "FlexAttention bf16, autotuned"]
+    for peer in tuned:
+        alike = (peer["case"], peer["density"])
+        ours = next(row for row in report["rows"] if (row["case"], row["density"]) == alike and "fp8" in row["kernel"])
+        what = (
+            f"{peer['case']}, density {peer['density']:.2f}, tile {'x'.join(map(str, peer['tile']))}: FP8 attention "
+            "against autotuned FlexAttention in bf16 with the same mask, its tokens in tile order beforehand"
+        )
+        out.append((what, f"{peer['ms'] / ours['ms']:.2f}x ({peer['ms']:.1f} ms to {ours['ms']:.1f} ms)", ""))
+    return out
+
+
 def model_sizes(report: dict[str, Any]) -> list[Row]:
     """Whole steps of the other models and sizes, at density 0.2."""
     out = []
@@ -301,6 +316,7 @@ def remainder_gpu(report: dict[str, Any]) -> list[Row]:
 
 GPU_SECTIONS = {
     "attention_gpu": attention_gpu,
+    "attention_gpu_flex": flex_gpu,
     "remainder_gpu": remainder_gpu,
     "model_gpu": model_gpu,
     "model_two_gpus": model_gpu,

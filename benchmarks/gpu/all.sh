@@ -36,9 +36,9 @@ step attention_gpu 150 python3 attention_gpu.py --fitting --quants fp8 --rounds 
 step model_gpu 150 python3 model_gpu.py --models 14B --sizes 720p --rounds 2 --json "$results/model_gpu.json" \
     --variants inductor fps "fps, static fp8 linears"
 step tune_gpu 90 python3 tune_gpu.py --json "$results/tune_gpu.json"
-step remainder_gpu 60 python3 remainder_gpu.py --rounds 3 --json "$results/remainder_gpu.json"
 step profile_model 90 python3 profile_model.py --json "$results/profile_model.json" \
     --variants inductor "fps, static fp8 linears"
+step remainder_gpu 60 python3 remainder_gpu.py --rounds 3 --json "$results/remainder_gpu.json"
 
 cat "$results/all.log"
 grep -hE "^(FAILED|ERROR)|passed|failed|ERROR SUMMARY" "$results"/{device_tests,memcheck,memcheck_graphs}.log | tail -20
