@@ -6,7 +6,7 @@ checks    every feature of the kernel against float32 on small random cases, sev
 times     variants of the schedule, then features, on video shapes, one process at a time
 ceilings  matrix products, a copy, and PyTorch's attention
 
-Needs torch and Triton alone. Every run has a process of its own under a time limit, so that a kernel that hangs costs
+Every run has a process of its own under a time limit, so that a kernel that hangs costs
 that limit and no more; two in a row end the run. Results: a table, and ``hopper_probe.json`` in ``$OUT`` (or here).
 """
 
@@ -28,6 +28,10 @@ from types import ModuleType
 from typing import Any
 
 import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from fpscompile.gpu import hopper
 
 KERNEL = Path(__file__).resolve().parents[2] / "templates" / "triton" / "attention_hopper.py"
 DEVICE = "cuda"
@@ -110,8 +114,8 @@ class Case:
         return out, torch.full((batch, heads, self.length), math.nan, device=DEVICE)
 
     def launch(self, kernel: ModuleType, out: torch.Tensor, lse: torch.Tensor, options: dict[str, Any]) -> None:
-        kernel.launch(
-            self.packed, self.tables, self.q_blocks, self.phase, out, lse, self.scale, bias=self.bias, **options
+        hopper.launch(
+            kernel, self.packed, self.tables, self.q_blocks, self.phase, out, lse, self.scale, bias=self.bias, **options
         )
 
     def flops(self, tokens: bool) -> float:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from fpscompile.gpu import hopper
 from fpscompile.kernel_spec import KernelSpec
 
 SHARED_BYTES = {
@@ -94,13 +95,14 @@ def shared_bytes(config: KernelConfig, spec: KernelSpec) -> int:
     """
     item = 1 if spec.quant == "fp8" else _BYTES.get(spec.dtype, 8)
     dp, dvp = padded(spec.head_dim), padded(spec.value_dim)
+    if config.variant == "hopper":
+        stages, consumers = config.num_stages or hopper.FEWEST_STAGES, -(-config.block_m // 64)
+        return hopper.shared_bytes(dp, dvp, consumers, stages, _BYTES.get(spec.dtype, 8), spec.block_n)
     rows = rows_of(config, spec)
     q, keys, p = rows * dp * item, spec.block_n * (dp + dvp) * item, rows * spec.block_n * item
     if config.num_stages == 1 and config.variant == "triton":  # nothing is in flight: K and V take turns
         one = spec.block_n * max(dp, dvp) * item
         return max(one, p) if spec.target.startswith("hip:") else q + one + p + 2048
-    if config.variant == "hopper":
-        return rows * (dp + 128) + max(config.num_stages, 3) * keys + 1024
     # A unit's index is loaded a step before its keys, whose tokens (unquantized) before their rows.
     deep = (config.num_stages - 1) // 2
     ahead = 16 if config.num_stages > 3 else 0  # indices that wait in shared memory, with Triton 3.7
@@ -122,23 +124,20 @@ def _accumulators(config: KernelConfig, spec: KernelSpec) -> tuple[int, int]:
 
 
 def _why_invalid_hopper(config: KernelConfig, spec: KernelSpec) -> str | None:
-    if spec.target != "cuda:90" or spec.quant != "fp8" or spec.backward:
-        return f"variant='hopper' is the FP8 forward of cuda:90, not {spec.quant!r} on {spec.target}"
-    if spec.block_n != 128 or max(spec.head_dim, spec.value_dim) > 128:
-        return f"variant='hopper' takes 128 keys and features at most, not {spec.block_n} and {spec.head_dim}"
-    slots, rows = spec.tile_slots, rows_of(config, spec)
-    if slots < 32 or slots % 128 * (slots > 64):
-        return f"variant='hopper' takes tiles of 32, 64 or a multiple of 128 slots, not {slots}"
-    consumers = -(-config.block_m // 64)
-    if not 1 <= consumers <= 3 or (slots % (64 * consumers) if slots > 64 else consumers > 1):
-        return f"block_m={config.block_m}: one to three times 64 rows must divide the {slots} slots of a tile"
-    if rows == 192 and max(spec.head_dim, spec.value_dim) > 64:
-        return "block_m=192 has no registers for more than 64 features"
-    if config.num_warps != 4 or config.num_stages not in (0, *range(3, 9)):
-        return f"variant='hopper' wants num_warps=4 and num_stages=0 or 3 to 8, not {config.num_warps} and " + str(
-            config.num_stages
-        )
-    shared, limit = shared_bytes(config, spec), shared_limit(spec.target) // (2 if rows <= 64 else 1)
+    slots, consumers = spec.tile_slots, -(-config.block_m // 64)
+    dims = padded(spec.head_dim), padded(spec.value_dim)
+    reason = hopper.why_not(spec) or hopper.why_not_program(
+        slots, max(dims), consumers, config.num_stages or hopper.FEWEST_STAGES
+    )
+    if reason is not None:
+        return f"variant='hopper': {reason}"
+    if config.block_m not in (64 * consumers, min(64, slots)):
+        return f"variant='hopper' takes multiples of 64 rows or all {slots} of a tile, not block_m={config.block_m}"
+    if config.num_warps != 4 or config.num_stages > 8:
+        given = f"{config.num_warps} and {config.num_stages}"
+        return f"variant='hopper' wants num_warps=4 and num_stages=0 or 3 to 8, not {given}"
+    programs = hopper.default_programs(*dims, consumers, _BYTES.get(spec.dtype, 8))
+    shared, limit = shared_bytes(config, spec), shared_limit(spec.target) // programs
     if shared > limit:
         return f"{shared} bytes of shared memory are more than {limit}"
     return None

@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import functools
 import math
-from types import FunctionType, ModuleType, SimpleNamespace
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import torch
 
 from fpscompile.errors import UnsupportedError
-from fpscompile.gpu import binary, gradients, operands, render
+from fpscompile.gpu import binary, gradients, hopper, operands, render
 from fpscompile.gpu.compilation import Artifacts, compile_artifacts
 from fpscompile.gpu.config import KernelConfig, padded
 from fpscompile.gpu.tables import Tables, tables_of
@@ -157,7 +157,7 @@ def _silent(value: Any) -> Any:
 
 
 def _hopper_artifacts(spec: KernelSpec, config: KernelConfig, which: int) -> Artifacts:
-    """Compile what the template's own ``launch`` would, on tensors without storage."""
+    """Compile what :func:`fpscompile.gpu.hopper.launch` would, on tensors without storage."""
     module = render.load("attention_hopper", spec, config)
     heads, key_heads, slots = HEADS, HEADS // spec.gqa_group, spec.tile_slots
     tiles = -(-LENGTH // slots)
@@ -189,9 +189,8 @@ def _hopper_artifacts(spec: KernelSpec, config: KernelConfig, which: int) -> Art
         bias=empty(torch.float32, 1, 1, tiles * slots), state=empty(torch.uint8, 1, 1, tiles * slots // unit)
     )
     recorder = _Recorder()
-    launch = FunctionType(module.launch.__code__, {**vars(module), "attention_forward": recorder})
-    launch.__kwdefaults__ = module.launch.__kwdefaults__
-    launch(
+    hopper.launch(
+        SimpleNamespace(attention_forward=recorder),
         packed,
         SimpleNamespace(slots=slots, unit=unit, q_token=empty(torch.int32, tiles * slots), keys=keys),
         empty(torch.int32, tiles, 3),

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import torch
 
 from fpscompile.errors import UnsupportedError
-from fpscompile.gpu import gradients, operands, render
+from fpscompile.gpu import gradients, hopper, operands, render
 from fpscompile.gpu.binary import refuse_damaged
 from fpscompile.gpu.call import head_strides, launching, phase_tensor, spec_of, why_not
 from fpscompile.gpu.config import KernelConfig, default_config, padded, rows_of, why_invalid
@@ -177,7 +177,7 @@ def _at_once(config: KernelConfig, spec: KernelSpec, device: torch.device) -> in
     """Programs that a GPU runs side by side; 1 where that is not known without the binary."""
     if config.variant != "hopper" or device.type != "cuda":
         return 1
-    each = render.load("attention_hopper", spec, config).default_programs(
+    each = hopper.default_programs(
         padded(spec.head_dim), padded(spec.value_dim), -(-config.block_m // 64), getattr(torch, spec.dtype).itemsize
     )
     return each * torch.cuda.get_device_properties(device).multi_processor_count
@@ -207,9 +207,9 @@ def _attend(
             granularities = tuple(part.granularity for part in resolved.plan.phases)
             packed = operands.pack(q, k, v, key_mask, phase, spec, tables, granularities, scale, statistics=statistics)
         if config.variant == "hopper":
-            module = render.load("attention_hopper", spec, config)
-            for compiled in module.launch(
-                packed, tables, tables.query_blocks(config.block_m), phase, out, lse,
+            kernel = render.load("attention_hopper", spec, config)
+            for compiled in hopper.launch(
+                kernel, packed, tables, tables.query_blocks(config.block_m), phase, out, lse,
                 scale, bias=bias, block_n=spec.block_n, p_shift=math.log2(spec.p_scale), padding=tables.keys.padding,
                 consumers=-(-config.block_m // 64), stages=config.num_stages or None,
             ):  # fmt: skip
@@ -284,11 +284,9 @@ def config_of(spec: KernelSpec, device: torch.device) -> KernelConfig:
 
     What the cost model ranks first, or within 3 % of it (``tests/gpu/test_cost_model.py``), without its compilations.
     """
-    if device.type == "cuda" and spec.target == "cuda:90":
-        hopper = render.load("attention_hopper", spec)
-        if hopper.why_not(spec) is None:
-            rows = min(64 * hopper.default_consumers(spec.tile_slots), spec.tile_slots)
-            return KernelConfig(block_m=rows, num_warps=4, num_stages=0, variant="hopper")
+    if device.type == "cuda" and hopper.why_not(spec) is None:
+        rows = min(64 * hopper.default_consumers(spec.tile_slots), spec.tile_slots)
+        return KernelConfig(block_m=rows, num_warps=4, num_stages=0, variant="hopper")
     return default_config(spec)
 
 

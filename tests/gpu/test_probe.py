@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from types import FunctionType, ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -21,18 +21,16 @@ def probe() -> ModuleType:
 
 
 def launches(probe: ModuleType, case: Any) -> list[tuple[Any, ...]]:
-    """(grid, arguments, options) of every launch that the kernel's host code asks for."""
-    kernel, launched = probe.load_kernel(), []
+    """(grid, arguments, options) of every launch."""
+    launched = []
 
     class Recorder:
         def __getitem__(self, grid: tuple[int, ...]) -> Any:
             return lambda *args, **options: launched.append((grid, args, options))
 
-    launch = FunctionType(kernel.launch.__code__, {**vars(kernel), "attention_forward": Recorder()})
-    launch.__kwdefaults__ = kernel.launch.__kwdefaults__
     out, lse = case.outputs()
     assert torch.isnan(out).all()  # poisoned: what no program writes is seen
-    case.launch(type("Kernel", (), {"launch": staticmethod(launch)}), out, lse, {})
+    case.launch(SimpleNamespace(attention_forward=Recorder()), out, lse, {})
     return launched
 
 
