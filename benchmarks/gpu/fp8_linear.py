@@ -147,6 +147,7 @@ def fp8_feed_forward(
         del hidden
         operands = {"scale_a": scale_a, "scale_b": second_scale, **last, **common}
         torch._scaled_mm(values, second.t(), **operands, out=out[rows])
+        del values, operands  # before the next piece's exist
     return out
 
 

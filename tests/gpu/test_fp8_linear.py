@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import weakref
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
@@ -131,6 +132,38 @@ def test_a_wan_block_keeps_its_results(layers: ModuleType, static: bool) -> None
             found = block(x, text, temb, rotary)
     error = (found - expected).norm() / (expected - x).norm()
     assert 1e-4 < error < 0.1
+
+
+@pytest.mark.parametrize("static", [False, True], ids=["dynamic", "static"])
+def test_one_piece_of_a_feed_forward_exists_at_a_time(layers: ModuleType, static: bool) -> None:
+    """Hidden values of one piece beside those of the last would be a step's peak."""
+    hidden: list[weakref.ref[torch.Tensor]] = []
+
+    def product(a: torch.Tensor, b: torch.Tensor, *, out: torch.Tensor | None = None, **_: object) -> torch.Tensor:
+        if out is not None:
+            return out
+        assert not any(piece() is not None for piece in hidden)
+        made = torch.zeros(a.shape[0], b.shape[1], dtype=torch.bfloat16)
+        hidden.append(weakref.ref(made))
+        return made
+
+    def quantized(x: torch.Tensor) -> torch.Tensor:
+        values = x.to(torch.float8_e4m3fn)
+        hidden.append(weakref.ref(values))
+        return values
+
+    one = torch.ones(())
+    scales = (one, one) if static else (None, None)
+    x, first, second = (torch.zeros(shape).to(torch.float8_e4m3fn) for shape in ((30, 16), (32, 16), (16, 32)))
+    row = one if static else torch.ones(30, 1)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch, "_scaled_mm", product)
+        patch.setattr(layers, "ROWS", 10)
+        patch.setattr(layers, "gelu_to_e4m3", lambda x, bias, inverse: quantized(x))
+        patch.setattr(layers, "quantize_rows", lambda x, bias, gelu: (quantized(x), torch.ones(len(x), 1)))
+        out = layers.fp8_feed_forward(x, row, first, one, None, second, one, None, *scales, True)
+    assert out.shape == (30, 16)
+    assert len(hidden) == 6
 
 
 @pytest.mark.parametrize("gate", [False, True])
