@@ -155,9 +155,9 @@ def autotune(
         TuningFileError: the file cannot be written; nothing was measured.
     """
     settings = Settings.from_options(options)
+    file = tuning_path(path if path is not None else settings.tuning)
     if path is not None and settings.tuning is None:
         settings = dataclasses.replace(settings, tuning=os.fspath(path))  # for its calibration
-    file = tuning_path(path if path is not None else settings.tuning)
     report = TuningReport(file, effort)
     tuner = Tuner(file, effort)
     store.check_writable(file)

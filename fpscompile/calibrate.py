@@ -13,8 +13,10 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import numbers
 import os
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,7 +24,7 @@ import torch
 from fpscompile.calibration.candidates import Candidates, candidates
 from fpscompile.calibration.choose import choose
 from fpscompile.calibration.held_out import HeldOut
-from fpscompile.calibration.observe import Call, observed
+from fpscompile.calibration.observe import Call, Runner, observed
 from fpscompile.calibration.report import CalibrationReport, SiteCalibration
 from fpscompile.calibration.statistics import SiteStatistics, observe
 from fpscompile.errors import FpsError, OptionError
@@ -55,6 +57,7 @@ def calibrate(
     path: str | os.PathLike[str] | None = None,
     windows: Sequence[Any] = (),
     rows_per_tile: int = ROWS_PER_TILE,
+    denoiser: str | None = None,
 ) -> CalibrationReport:
     """Choose windows for each site, group of heads and phase.
 
@@ -72,22 +75,27 @@ def calibrate(
         windows: further candidates, as options spell them. One that needs a density is tried at several: ``["topk"]``
             lets content choose tiles for the heads that no fixed window serves.
         rows_per_tile: query rows of each tile that statistics are taken from.
+        denoiser: which of a pipeline's, by its name there ("transformer_2"), where it has several. Each wants a file of
+            its own: heads differ, and nothing else tells apart two models of one class. Progress is that of the whole
+            pipeline; phases that the denoiser never runs in do not count.
 
     Raises:
-        OptionError: neither or bad targets, or no samples.
+        OptionError: neither or bad targets, no samples, a pipeline with several denoisers and none named, or a file
+            that holds the calibration of another one.
         CalibrationError: no 3D attention was seen, or calls of one site differ in grid.
         WindowError: one of ``windows`` that the grid cannot give.
         TuningFileError: the file cannot be written; nothing was run.
     """
-    _check(samples, max_error, target_density, held_out)
+    _check(samples, max_error, target_density, held_out, rows_per_tile)
     settings = Settings.from_options(options)
     file = tuning_path(path if path is not None else settings.tuning)
     store.check_writable(file)
-    extra = tuple(window_of(window) for window in windows)
+    extra = _extra(windows)
     fitting, checking = split(samples, held_out)
 
     collected = _Statistics(settings, extra, rows_per_tile)
-    with torch.no_grad(), observed(pipe_or_model, settings, collected) as runner:
+    with torch.no_grad(), observed(pipe_or_model, settings, collected, denoiser) as runner:
+        _check_file(file, runner)
         for sample in fitting:
             runner.run(sample)
         ranges = tuple((phase.start, phase.end) for phase in settings.phases.phases)
@@ -97,7 +105,11 @@ def calibrate(
         sites = collected.complete()
         grid = next(iter(sites.values())).q_layout.grid
         report = CalibrationReport(runner.name, grid, settings.tile, collected.quant, max_error, target_density, ranges)
-        report.remainder = settings.remainder
+        report.remainder, report.denoiser = settings.remainder, runner.denoiser
+        if runner.denoiser:
+            report.served = frozenset(phase for site in sites.values() for phase in site.phases())
+            served = ", ".join(map(report.range_text, sorted(report.served)))
+            report.notes.append(f"{runner.denoiser} runs at progress {served}: densities are of these steps")
         report.samples, report.held_out = len(fitting), len(checking)
         report.notes += collected.notes
         if len(ranges) < len(settings.phases.phases):
@@ -125,16 +137,50 @@ def split(samples: Sequence[Any], held_out: float) -> tuple[list[Any], list[Any]
     return [x for i, x in enumerate(samples) if i not in held], [x for i, x in enumerate(samples) if i in held]
 
 
-def _check(samples: Sequence[Any], max_error: float | None, target_density: float | None, held_out: float) -> None:
+def _check(
+    samples: Sequence[Any], max_error: float | None, target_density: float | None, held_out: float, rows_per_tile: int
+) -> None:
     if max_error is None and target_density is None:
         raise OptionError("calibrate needs max_error=, target_density= or both")
     for name, value in (("max_error", max_error), ("target_density", target_density)):
-        if value is not None and (isinstance(value, bool) or not 0.0 < value <= 1.0):
+        if value is not None and not (_is_number(value) and 0.0 < value <= 1.0):
             raise OptionError(f"{name}={value!r} must be in (0, 1]")
-    if not 0.0 <= held_out < 1.0:
+    if not (_is_number(held_out) and 0.0 <= held_out < 1.0):
         raise OptionError(f"held_out={held_out!r} must be in [0, 1): the share of samples that tell the error")
+    if not isinstance(rows_per_tile, int) or isinstance(rows_per_tile, bool) or rows_per_tile < 1:
+        raise OptionError(f"rows_per_tile={rows_per_tile!r} must be an integer >= 1")
     if not isinstance(samples, Sequence) or isinstance(samples, (str, bytes)) or not samples:
-        raise OptionError("samples must be a non-empty list of calls")
+        given = "an empty one" if isinstance(samples, Sequence) and not samples else f"a {type(samples).__name__}"
+        raise OptionError(f"samples must be a non-empty list of calls, not {given}")
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, numbers.Real) and not isinstance(value, bool)
+
+
+def _extra(windows: Sequence[Any]) -> tuple[AnyWindow, ...]:
+    """Further candidates as options spell them."""
+    if isinstance(windows, (str, Mapping)) or not isinstance(windows, Sequence):
+        raise OptionError(f'windows={windows!r} must be a list of windows, such as ["topk"]')
+    found = []
+    for index, window in enumerate(windows):
+        try:
+            found.append(window_of(window))
+        except OptionError as error:
+            raise type(error)(f"windows[{index}] of calibrate: {error}") from error
+    return tuple(found)
+
+
+def _check_file(file: Path, runner: Runner) -> None:
+    """A file that holds two calibrations of one class and grid could not tell which model is which."""
+    for key, entry in store.load(file).contents.calibrations.items():
+        other = entry.get("denoiser", "")
+        if entry.get("model") == runner.name and other != runner.denoiser:
+            raise OptionError(
+                f"{file} holds {key!r}, a calibration of {other or 'a model by itself'}, not of "
+                f"{runner.denoiser or 'a model by itself'}: nothing would tell which of them a {runner.name} wants; "
+                "name another file (path=)"
+            )
 
 
 class _Statistics:

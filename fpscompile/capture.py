@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch._dynamo.eval_frame import OptimizedModule
 
+from fpscompile.errors import OptionError
+
 
 def original(model: Any) -> Any:
     """The module behind ``torch.compile(module)``; anything else as it is."""
@@ -16,7 +18,13 @@ def original(model: Any) -> Any:
 
 
 def captured(model: Any, backend: Callable[..., Any]) -> Callable[..., Any]:
-    """``model`` as a function that Dynamo captures anew with ``backend``; other compiled code is left alone."""
+    """``model`` as a function that Dynamo captures anew with ``backend``; other compiled code is left alone.
+
+    Raises:
+        OptionError: it cannot be called.
+    """
+    if not callable(model):
+        raise OptionError(f"a module or a function of tensors is needed, not {model!r}")
     target = original(model)
 
     def call(*args: Any, **kwargs: Any) -> Any:

@@ -152,6 +152,7 @@ def calibrate(
     window: Annotated[
         list[str] | None, typer.Option(help="A further candidate, as options spell it; topk lets content choose.")
     ] = None,
+    denoiser: Annotated[str | None, typer.Option(help="Which of a pipeline's, where it has several.")] = None,
     option: Options = None,
     file: File = None,
     json_path: Json = None,
@@ -167,7 +168,7 @@ def calibrate(
         report = run(
             made[0], made[1], max_error=max_error, target_density=target_density, held_out=held_out,
             options=_options(option or []), path=file,
-            windows=[_options([f"window={text}"])["window"] for text in window or []],
+            windows=[_options([f"window={text}"])["window"] for text in window or []], denoiser=denoiser,
         )  # fmt: skip
         _show(report, json_path)
         typer.echo(f"saved as {report.key!r} in {report.path}; compile with options={{'tuning': '{report.path}'}}")

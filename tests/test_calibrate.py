@@ -16,6 +16,7 @@ from models.structured import HEADS, Structured, samples
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import fpscompile
 from fpscompile import Backend, Settings, autotune
 from fpscompile.calibrate import CalibrationError, CalibrationReport, SiteCalibration, calibrate, split
 from fpscompile.calibration import statistics
@@ -557,6 +558,57 @@ def test_pipelines_can_be_calibrated_any_number_of_times(tmp_path: Path) -> None
             assert report.density < 1.0
 
 
+class Experts:
+    """Two denoisers of one class, as in Wan 2.2: the first runs while there is much noise, the second afterwards."""
+
+    def __init__(self) -> None:
+        self.transformer, self.transformer_2 = Structured().eval(), Structured(late=True).eval()
+        self.scheduler = Scheduler()
+        self.components = {name: getattr(self, name) for name in ("transformer", "transformer_2", "scheduler")}
+
+    def __call__(self, seed: int) -> None:
+        latent = torch.randn(1, 4, 4, 8, 8, generator=torch.Generator().manual_seed(seed))
+        for index, step in enumerate(self.scheduler.timesteps):
+            self.scheduler.step_index = index
+            model = self.transformer if step > 500 else self.transformer_2
+            latent = latent + 0.1 * model(latent, timestep=step[None])[:, :, :4].mT.unflatten(2, (4, 8, 8))
+
+
+def test_each_denoiser_of_a_pipeline_has_a_calibration_of_its_own(tmp_path: Path) -> None:
+    pipe, given = Experts(), [{"seed": 1}, {"seed": 2}]
+    schedule = [{"start": 0.0, "end": 0.5, "window": "dense"}, {"start": 0.5, "end": 1.0, "window": "dense"}]
+    how: dict[str, Any] = {"max_error": 0.05, "options": {"tile": TILE, "schedule": schedule}}
+    with pytest.raises(OptionError, match=r"Experts has the denoisers transformer and transformer_2.*denoiser='transf"):
+        calibrate(pipe, given, path=tmp_path / "t.json", **how)
+    with pytest.raises(OptionError, match="denoiser='dit' is not in Experts, which has transformer and transformer_2"):
+        calibrate(pipe, given, path=tmp_path / "t.json", denoiser="dit", **how)
+    with pytest.raises(OptionError, match="denoiser='transformer' names a part of a pipeline, and this is a module"):
+        calibrate(pipe.transformer, samples(2), path=tmp_path / "t.json", denoiser="transformer", **how)
+    names = ("transformer", "transformer_2")
+    reports = {name: calibrate(pipe, given, path=tmp_path / f"{name}.json", denoiser=name, **how) for name in names}
+    for phase, (name, report) in enumerate(reports.items()):
+        assert report.weights == tuple(float(phase == index) for index in (0, 1))
+        assert not any("no sample reached" in note for note in report.notes)
+        for made in report.sites:
+            assert made.densities[phase] < made.densities[1 - phase] == 1.0, "there it never runs"
+        mean = sum(made.densities[phase] for made in report.sites) / len(report.sites)
+        assert report.density == pytest.approx(mean)
+        assert f"Structured, {name}, on grid" in str(report)
+        assert f"Structured {name} 4x8x8" in report.key
+        assert pipe.components[name]._compiled_call_impl is None
+        backend, _ = compiled(pipe.components[name], samples(1)[0], tuning=str(tmp_path / f"{name}.json"))
+        assert f"calibration {report.key!r}" in (note := notes_of(backend)["calibrated"])
+        assert f"error {report.predicted:.4g}, mean density {report.density:.4g}" in note
+    assert reports["transformer"].options != reports["transformer_2"].options
+    runs: list[object] = []
+    pipe.transformer.register_forward_pre_hook(lambda *_: runs.append(None))
+    with pytest.raises(
+        OptionError, match=r"transformer\.json holds .*a calibration of transformer, not of transformer_2"
+    ):
+        calibrate(pipe, given, path=tmp_path / "transformer.json", denoiser="transformer_2", **how)
+    assert not runs
+
+
 def test_means_of_dropped_tiles_are_predicted_saved_and_used(tmp_path: Path) -> None:
     model, given = Structured().eval(), samples(8)
     reports = {
@@ -597,6 +649,11 @@ def test_phases_that_no_sample_reaches_stay_dense(tmp_path: Path) -> None:
     )
     assert all(made.densities[:2] == (1.0, 1.0) and made.densities[2] < 0.5 for made in report.sites)
     assert any("no sample reached progress 0-0.2, 0.2-0.6: dense there" in note for note in report.notes)
+    report = calibrate(
+        Structured().eval(), samples(2, timestep=100.0), target_density=0.5, options={"tile": TILE},
+        path=tmp_path / "t.json",
+    )  # fmt: skip
+    assert any("missed" in note and "60% of the steps are dense, since no sample" in note for note in report.notes)
 
 
 def test_mistakes_are_named(tmp_path: Path) -> None:
@@ -606,11 +663,24 @@ def test_mistakes_are_named(tmp_path: Path) -> None:
         ({"max_error": 0.0}, r"max_error=0\.0 must be in \(0, 1\]"),
         ({"target_density": 2}, "target_density=2 must be in"),
         ({"max_error": 0.1, "held_out": 1.0}, r"held_out=1\.0 must be in"),
+        ({"max_error": "a"}, "max_error='a' must be in"),
+        ({"max_error": 0.1, "held_out": "x"}, "held_out='x' must be in"),
+        ({"max_error": 0.1, "rows_per_tile": 0}, "rows_per_tile=0 must be an integer >= 1"),
+        ({"max_error": 0.1, "rows_per_tile": 1.5}, r"rows_per_tile=1\.5 must be"),
+        ({"max_error": 0.1, "windows": "topk"}, r"windows='topk' must be a list of windows, such as \[\"topk\"\]"),
+        ({"max_error": 0.1, "windows": ["topk", "foo"]}, r"windows\[1\] of calibrate: window 'foo'"),
     ]:
         with pytest.raises(OptionError, match=words):
             calibrate(model, samples(1), path=path, **arguments)
-    with pytest.raises(OptionError, match="samples must be a non-empty list"):
+    with pytest.raises(OptionError, match="samples must be a non-empty list of calls, not an empty one"):
         calibrate(model, [], max_error=0.1, path=path)
+    with pytest.raises(OptionError, match="samples must be a non-empty list of calls, not a dict"):
+        calibrate(model, samples(1)[0], max_error=0.1, path=path)
+    with pytest.raises(OptionError, match="path=3 must be the name of a tuning file, not of type int"):
+        calibrate(model, samples(1), max_error=0.1, path=3)
+    for call in (fpscompile.explain, autotune):
+        with pytest.raises(OptionError, match="a module or a function of tensors is needed, not 3"):
+            call(3, torch.ones(1))
     with pytest.raises(OptionError, match=r"a sample is a call of the module: .* not int"):
         calibrate(model, [3], max_error=0.1, path=path)
     with pytest.raises(OptionError, match="found no denoiser in int"):

@@ -38,7 +38,7 @@ def choose(report: CalibrationReport, sites: Mapping[str, SiteStatistics]) -> No
         for phase in site.phases()
     }
     dense_cost = sum(_flops(site) for site in sites.values())
-    target = None
+    target, unseen = None, 0.0
     if report.target_density is not None:
         unseen = sum(
             weights[phase] * _flops(site)
@@ -61,9 +61,11 @@ def choose(report: CalibrationReport, sites: Mapping[str, SiteStatistics]) -> No
         report.sites.append(_site(report, site, chosen, finest))
     report.single_density = _single(report, sites, finest)
     if target is not None and cost > target + 1e-9 * dense_cost:
+        cause = "max_error allows no less" if report.max_error is not None else "no candidate is sparser"
+        if unseen > 0:
+            cause = f"{unseen / dense_cost:.0%} of the steps are dense, since no sample reached them; elsewhere {cause}"
         report.notes.append(
-            f"target_density={report.target_density} is missed, the density is {report.density:.4f}: "
-            + ("max_error allows no less" if report.max_error is not None else "no candidate is sparser")
+            f"target_density={report.target_density} is missed, the density is {report.density:.4f}: {cause}"
         )
     for note in report.notes:
         logger.warning("%s", note)
@@ -147,7 +149,7 @@ def _site(
     picks: dict[int, torch.Tensor] = {}
     for phase in range(len(report.ranges)):
         if phase not in site.phases():
-            unseen.append(phase)
+            unseen += [phase] if report.weights[phase] else []
             picks[phase] = torch.full((site.heads,), options.dense)
         else:
             picks[phase] = torch.tensor([chosen[site.name, phase, head] for head in range(site.heads)])

@@ -57,19 +57,22 @@ class Runner:
 
     name: str
     """Class of the model."""
+    denoiser: str
+    """Which of a pipeline's, where it has several; else ""."""
     run: Callable[[Any], None]
     backend: Backend
 
 
 @contextlib.contextmanager
-def observed(pipe_or_model: Any, settings: Settings, look: Look) -> Iterator[Runner]:
+def observed(pipe_or_model: Any, settings: Settings, look: Look, denoiser: str | None = None) -> Iterator[Runner]:
     """The model, or pipeline, with every 3D attention computed densely and shown to ``look``.
 
     Args:
         settings: the options in force; their windows are replaced by dense ones, their ranges of progress stay.
+        denoiser: which of a pipeline's is looked at, where it has several; the others run as they are.
 
     Raises:
-        OptionError: neither a module nor a pipeline with denoisers.
+        OptionError: neither a module nor a pipeline with denoisers, or one with several and none or another named.
     """
     phases = tuple(Phase(p.start, p.end, density=1.0, granularity=p.granularity) for p in settings.phases.phases)
     lowering = "gather" if settings.quant == "fp8" else "boxes"
@@ -86,20 +89,23 @@ def observed(pipe_or_model: Any, settings: Settings, look: Look) -> Iterator[Run
     )
     backend = Backend(plain)
     if isinstance(pipe_or_model, nn.Module):
+        if denoiser is not None:
+            raise OptionError(f"denoiser={denoiser!r} names a part of a pipeline, and this is a module: leave it out")
         forward = captured(pipe_or_model, backend)
 
         def run(sample: Any) -> None:
             args, kwargs = named_arguments(sample)
             forward(*args, **kwargs)
 
-        yield Runner(type(original(pipe_or_model)).__name__, run, backend)
+        yield Runner(type(original(pipe_or_model)).__name__, "", run, backend)
         return
-    with _compiled_denoisers(pipe_or_model, backend) as names, attach(pipe_or_model):
+    name, module, alone = _denoiser(pipe_or_model, denoiser)
+    with _compiled(module, backend), attach(pipe_or_model):
 
         def call(sample: Any) -> None:
             pipe_or_model(**sample) if isinstance(sample, Mapping) else pipe_or_model(sample)
 
-        yield Runner(" and ".join(names), call, backend)
+        yield Runner(type(module).__name__, "" if alone else name, call, backend)
 
 
 def _only_schedule(schedule: Schedule) -> dict[str, Any]:
@@ -107,9 +113,8 @@ def _only_schedule(schedule: Schedule) -> dict[str, Any]:
     return {"window": None, "density": None, "schedule": schedule, "heads": (), "layers": (), "granularity": None}
 
 
-@contextlib.contextmanager
-def _compiled_denoisers(pipe: Any, backend: Backend) -> Iterator[list[str]]:
-    """The pipeline's denoisers compiled in place, and afterwards as they were."""
+def _denoiser(pipe: Any, wanted: str | None) -> tuple[str, nn.Module, bool]:
+    """(name, module, whether there is no other) of a pipeline's denoiser."""
     from fpscompile.attach import _denoisers
 
     found = _denoisers(pipe)
@@ -118,16 +123,28 @@ def _compiled_denoisers(pipe: Any, backend: Backend) -> Iterator[list[str]]:
             f"calibrate found no denoiser in {type(pipe).__name__}: pass a diffusers pipeline with a transformer or "
             "unet, or the module itself"
         )
-    modules = [original(module) for module in found.values()]
-    before = [module._compiled_call_impl for module in modules]
-    for module in modules:
-        # Not module.compile: Dynamo would count each calibration as a recompilation of the same code.
-        module._compiled_call_impl = captured(module._call_impl, backend)
+    names = " and ".join(found)
+    if wanted is None and len(found) > 1:
+        raise OptionError(
+            f"{type(pipe).__name__} has the denoisers {names}, whose heads differ: calibrate one at a time, "
+            f"denoiser={next(iter(found))!r}, each into a file of its own (path=)"
+        )
+    if wanted is not None and wanted not in found:
+        raise OptionError(f"denoiser={wanted!r} is not in {type(pipe).__name__}, which has {names}")
+    name = next(iter(found)) if wanted is None else wanted
+    return name, original(found[name]), len(found) == 1
+
+
+@contextlib.contextmanager
+def _compiled(module: nn.Module, backend: Backend) -> Iterator[None]:
+    """The module compiled in place, and afterwards as it was."""
+    before = module._compiled_call_impl
+    # Not module.compile: Dynamo would count each calibration as a recompilation of the same code.
+    module._compiled_call_impl = captured(module._call_impl, backend)
     try:
-        yield [type(module).__name__ for module in modules]
+        yield
     finally:
-        for module, implementation in zip(modules, before, strict=True):
-            module._compiled_call_impl = implementation
+        module._compiled_call_impl = before
 
 
 class _Inner:

@@ -84,11 +84,19 @@ class CalibrationReport:
     notes: list[str] = field(default_factory=list)
     path: Path | None = None
     """Where it is saved."""
+    denoiser: str = ""
+    """Which of a pipeline's, where it has several."""
+    served: frozenset[int] | None = None
+    """Phases that this denoiser runs in, where a pipeline has several; None: all."""
 
     @property
     def weights(self) -> tuple[float, ...]:
-        """Share of the denoising steps in each phase."""
-        return tuple(end - start for start, end in self.ranges)
+        """Share of the denoising steps in each phase, of those that the model runs in."""
+        sizes = [
+            end - start if self.served is None or phase in self.served else 0.0
+            for phase, (start, end) in enumerate(self.ranges)
+        ]
+        return tuple(size / sum(sizes) for size in sizes)
 
     def range_text(self, phase: int) -> str:
         """ "0.2-0.6"."""
@@ -154,12 +162,14 @@ class CalibrationReport:
         sites = [(site.name, site.heads, site.head_dim) for site in self.sites]
         with_means = [] if self.remainder == "none" else [self.remainder]
         digest = hashlib.sha256(json.dumps([sites, self.tile, self.quant, *with_means]).encode()).hexdigest()[:8]
-        return f"{self.model} {'x'.join(map(str, self.grid))} {digest}"
+        denoiser = f" {self.denoiser}" if self.denoiser else ""
+        return f"{self.model}{denoiser} {'x'.join(map(str, self.grid))} {digest}"
 
     def entry(self) -> dict[str, Any]:
         """As the tuning file holds it."""
         return {
             "model": self.model,
+            **({"denoiser": self.denoiser} if self.denoiser else {}),
             "grid": list(self.grid),
             "quant": self.quant,
             "max_error": self.max_error,
@@ -186,8 +196,9 @@ class CalibrationReport:
 
     def __rich__(self) -> Group:
         measured = f", measured {self.measured:.2%} on {self.held_out} held-out samples" if self.measured else ""
+        what = f"{self.model}, {self.denoiser}," if self.denoiser else self.model
         title = (
-            f"{self.model} on grid {'x'.join(map(str, self.grid))}: density {self.density:.3f} (with one window for "
+            f"{what} on grid {'x'.join(map(str, self.grid))}: density {self.density:.3f} (with one window for "
             f"all heads of the model {self.single_density:.3f}, of each site {self.uniform_density:.3f}), error "
             f"predicted {self.predicted:.2%}{measured}"
         )

@@ -138,7 +138,8 @@ def _with_options(
         "info",
         "calibrated",
         f"calibration {key!r} of {tuning_path(settings.tuning)}: {len(layers)} of {len(sites)} sites, "
-        f"tile {'x'.join(map(str, made.tile))}, error {entry.get('predicted')}, mean density {entry.get('density')}",
+        f"tile {'x'.join(map(str, made.tile))}, error {_short(entry.get('predicted'))}, "
+        f"mean density {_short(entry.get('density'))}",
     )
     return made
 
@@ -163,6 +164,11 @@ def _why_other(entry: Mapping[str, Any], sites: Mapping[str, AttentionSite]) -> 
     if not any(name in held for name in sites):
         return f"it names {_names(held)}, and this model has {_names(sites)}"
     return None
+
+
+def _short(value: Any) -> str:
+    """Four digits of a number; anything else, in a file that was written by hand, as it is."""
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
 def _names(sites: Iterable[str]) -> str:

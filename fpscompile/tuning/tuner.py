@@ -270,5 +270,11 @@ def build(
 
 
 def tuning_path(path: str | os.PathLike[str] | None) -> Path:
-    """The file that was named, or the one in the cache folder."""
+    """The file that was named, or the one in the cache folder.
+
+    Raises:
+        OptionError: a path of another type.
+    """
+    if path is not None and not isinstance(path, (str, os.PathLike)):
+        raise OptionError(f"path={path!r} must be the name of a tuning file, not of type {type(path).__name__}")
     return Path(path).expanduser() if path is not None else store.default_path()
