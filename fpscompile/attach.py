@@ -6,10 +6,11 @@ called, so nothing needs to be counted and both halves of a two-call classifier-
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import logging
 import math
-import operator
+import reprlib
 import sys
 import threading
 from collections.abc import Callable
@@ -24,6 +25,7 @@ from fpscompile import runtime
 from fpscompile.errors import GridError, OptionError
 from fpscompile.grid_of_call import GridReader
 from fpscompile.settings import three_sizes
+from fpscompile.windows.checks import integer, tensor_given
 
 logger = logging.getLogger(__name__)
 
@@ -34,6 +36,8 @@ def attach(
     pipe_or_model: Any, *, scheduler: Any = None, grid: tuple[int, int, int] | GridFunction | None = None
 ) -> Attachment:
     """Publish the denoising step and the grid of every call of a model, for as long as it stays attached.
+
+    Of several attachments of one model the last tells the step; when it is detached, the one before it does again.
 
     Args:
         pipe_or_model: a diffusers pipeline (its denoisers and its scheduler are found), or one module, compiled or
@@ -49,16 +53,18 @@ def attach(
         The attachment: a context manager, or call ``detach()``.
 
     Raises:
-        OptionError: nothing in ``pipe_or_model`` can be attached to.
+        OptionError: nothing in ``pipe_or_model`` can be attached to, or ``scheduler`` is none.
         GridError: a grid that is not three sizes.
     """
     if grid is not None and not callable(grid):
         grid = _sizes(grid)
+    if scheduler is not None and not _is_scheduler(scheduler):
+        raise OptionError(f"scheduler={reprlib.repr(scheduler)} is a {type(scheduler).__name__}; {_NEEDED}")
     if isinstance(pipe_or_model, nn.Module):
         models = {type(_original(pipe_or_model)).__name__: pipe_or_model}
     else:
         models = _denoisers(pipe_or_model)
-        scheduler = scheduler if scheduler is not None else getattr(pipe_or_model, "scheduler", None)
+        scheduler = scheduler if scheduler is not None else _scheduler_of(pipe_or_model)
     if not models:
         raise OptionError(
             f"attach found no denoiser in {type(pipe_or_model).__name__}: pass a diffusers pipeline with a transformer "
@@ -70,18 +76,35 @@ def attach(
 def _sizes(grid: Any) -> tuple[int, int, int]:
     sizes = three_sizes(grid)
     if sizes is None:
-        raise GridError(f"grid={grid!r}; three integers >= 1 are needed: video tokens along (t, h, w)")
+        wrong = f"grid={grid!r}; three integers >= 1 are needed: video tokens along (t, h, w)"
+        raise GridError(tensor_given("grid", grid) or wrong)
     return sizes
 
 
-def _integer(value: Any) -> int | None:
-    """The int that a value is; None for floats, truth values and all else."""
-    if isinstance(value, bool) or "bool" in str(getattr(value, "dtype", "")):
-        return None
-    try:
-        return operator.index(value)
-    except TypeError:
-        return None
+_NEEDED = (
+    "what tells the step is a diffusers scheduler, or an object with timesteps and with step_index or step(): pass "
+    "one, or none and give the step with Attachment.step"
+)
+
+
+def _is_scheduler(value: Any) -> bool:
+    """Whether it has, or will have, timesteps and a place in them. What sets timesteps may do without ``step``."""
+    if isinstance(value, type):
+        return False
+    placed = callable(getattr(value, "step", None)) or hasattr(value, "step_index") or hasattr(value, "begin_index")
+    return callable(getattr(value, "set_timesteps", None)) or (placed and hasattr(value, "timesteps"))
+
+
+def _scheduler_of(pipe: Any) -> Any:
+    """A pipeline may have a scheduler of another kind and still be attached to, for its grids."""
+    scheduler = getattr(pipe, "scheduler", None)
+    if scheduler is None or _is_scheduler(scheduler):
+        return scheduler
+    logger.warning(
+        "the scheduler of %s, a %s, does not tell the denoising step; %s",
+        *(type(pipe).__name__, type(scheduler).__name__, _NEEDED),
+    )
+    return None
 
 
 def _denoisers(pipe: Any) -> dict[str, nn.Module]:
@@ -107,6 +130,7 @@ class Attachment:
         self.scheduler = scheduler
         self.busy = runtime.Busy(" and ".join(models))
         self.met: bool | None = None
+        self.told_grid = None if callable(grid) else grid
         self.captured = False
         self._manual: float | None = None
         self._undo: list[Callable[[], None]] = []
@@ -143,13 +167,15 @@ class Attachment:
         Raises:
             OptionError: no integers, or not ``0 <= index < total``.
         """
-        step, steps = _integer(index), _integer(total)
+        step, steps = integer(index), integer(total)
         if step is None or steps is None:
             wrong = index if step is None else total
             raise OptionError(
                 f"step({index!r}, {total!r}): {wrong!r} must be an integer; give the index of the step, from 0 on, "
                 "and the number of steps"
             )
+        if steps < 1:
+            raise OptionError(f"step({step}, {steps}): total, the number of steps, must be >= 1")
         if not 0 <= step < steps:
             raise OptionError(f"step({step}, {steps}): the index must be in [0, {steps})")
         self._manual = step / steps
@@ -173,7 +199,7 @@ class Attachment:
         grid = reader(args, kwargs)
         if grid is not None:
             grid = _sizes(grid)
-        return runtime.open_call(runtime.Call(self, grid))
+        return runtime.open_call(self, grid)
 
     def _close(self, model: nn.Module, token: Any) -> None:
         runtime.close_call(token)
@@ -230,7 +256,10 @@ class _StepCounter:
 def _hook(
     model: nn.Module, open_call: Callable[..., Any], close_call: Callable[[Any], None]
 ) -> list[Callable[[], None]]:
-    """Open a call before ``model`` runs and close it after, whatever form of compilation it went through."""
+    """Open a call before ``model`` runs and close it after, whatever form of compilation it went through.
+
+    Where several attachments hook one model, the last one to open is the first to close.
+    """
     if model._compiled_call_impl is not None:
         return [_wrap_compiled_call(model, open_call, close_call)]
     # One stack per thread: a call that is refused must not close the call that is running.
@@ -255,29 +284,38 @@ def _hook(
 
     handles = [
         model.register_forward_pre_hook(before, with_kwargs=True),
-        model.register_forward_hook(after, with_kwargs=True, always_call=True),
+        model.register_forward_hook(after, prepend=True, with_kwargs=True, always_call=True),
     ]
     return [handle.remove for handle in handles]
+
+
+class _CompiledCall:
+    """For ``model.compile()``: its hooks are traced, so the call itself is wrapped, once for all attachments."""
+
+    def __init__(self, compiled: Callable[..., Any]) -> None:
+        self.compiled = compiled
+        self.hooks: list[tuple[Callable[..., Any], Callable[[Any], None]]] = []
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        with contextlib.ExitStack() as stack:
+            for open_call, close_call in tuple(self.hooks):
+                stack.callback(close_call, open_call(args, kwargs))
+            return self.compiled(*args, **kwargs)
 
 
 def _wrap_compiled_call(
     model: nn.Module, open_call: Callable[..., Any], close_call: Callable[[Any], None]
 ) -> Callable[[], None]:
-    """For ``model.compile()``: its hooks are traced, so the call itself is wrapped."""
     compiled = model._compiled_call_impl
     assert compiled is not None
-
-    def call(*args: Any, **kwargs: Any) -> Any:
-        token = open_call(args, kwargs)
-        try:
-            return compiled(*args, **kwargs)
-        finally:
-            close_call(token)
-
+    call = compiled if isinstance(compiled, _CompiledCall) else _CompiledCall(compiled)
     model._compiled_call_impl = call
+    hook = (open_call, close_call)
+    call.hooks.append(hook)
 
     def undo() -> None:
-        if model._compiled_call_impl is call:
-            model._compiled_call_impl = compiled
+        call.hooks.remove(hook)
+        if not call.hooks and model._compiled_call_impl is call:
+            model._compiled_call_impl = call.compiled
 
     return undo

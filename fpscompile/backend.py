@@ -147,9 +147,25 @@ def rewrite(gm: fx.GraphModule, settings: Settings, *, detail: bool = False) -> 
     record.notes = state.notes
     record.settings = state.settings  # with a calibration, where the tuning file holds one
     record.progress_source = state.progress_source
+    _check_told_grid(record, call.publisher if call is not None else owner)
     record.seconds = sum(step.seconds for step in record.passes)
     logger.debug("passes took %.3f s, all of the rewrite %.3f s", record.seconds, time.perf_counter() - began)
     return record, state
+
+
+def _check_told_grid(record: GraphRecord, publisher: runtime.Publisher | None) -> None:
+    """Say once that a graph which proves its grid, for this size of video, does not read that of the attachment."""
+    told = publisher.told_grid if publisher is not None else None
+    other = next(
+        (s for s in record.sites if s.rewritten and s.grid_source in ("graph", "rotary") and s.grid != told), None
+    )
+    if publisher is None or told is None or other is None:
+        return
+    publisher.told_grid = None
+    logger.warning(
+        "attach was given grid=%s, which is not used: the graph itself shows %s at %s. Leave the grid out",
+        *(told, other.grid, other.module or other.node),
+    )
 
 
 @contextlib.contextmanager

@@ -33,6 +33,8 @@ class Publisher(Protocol):
     busy: Busy
     met: bool | None
     """Whether a graph that holds attention has run for it; None where no graph has."""
+    told_grid: Grid | None
+    """The grid that it was told for all calls; None where none was, or a function."""
     captured: bool
     """Whether a CUDA graph was captured around code that it tells the step."""
 
@@ -71,19 +73,22 @@ class Call:
 
     publisher: Publisher
     grid: Grid | None
+    outer: Call | None
+    """The call that it runs inside of: of the same model, attached twice, or of a model around it."""
 
 
 _CALL: contextvars.ContextVar[Call | None] = contextvars.ContextVar("fpscompile_call", default=None)
 
-# Parameter -> (publisher, name in its model). Both sides weak: neither a model nor an attachment is kept alive by the
-# other.
+# Parameter -> (publisher, name in its model), the last to own it at the end. Both sides weak: neither a model nor an
+# attachment is kept alive by the other.
 _OWNERS: WeakIdKeyDictionary = WeakIdKeyDictionary()
 _OWNERS_LOCK = threading.Lock()
 
 
-def open_call(call: Call) -> contextvars.Token[Call | None]:
-    call.publisher.busy.enter()
-    return _CALL.set(call)
+def open_call(publisher: Publisher, grid: Grid | None) -> contextvars.Token[Call | None]:
+    """Calls are closed in the reverse order."""
+    publisher.busy.enter()
+    return _CALL.set(Call(publisher, grid, _CALL.get()))
 
 
 def close_call(token: contextvars.Token[Call | None]) -> None:
@@ -99,17 +104,26 @@ def current_call() -> Call | None:
 
 
 def own(parameters: Iterator[tuple[str, torch.Tensor]], publisher: Publisher) -> None:
-    """Make ``publisher`` answer for calls that read these weights, (name, weight) pairs."""
+    """Make ``publisher`` answer for calls that read these weights, (name, weight) pairs, until it disowns them."""
     with _OWNERS_LOCK:
         for name, parameter in parameters:
-            _OWNERS[parameter] = (weakref.ref(publisher), name)
+            _OWNERS[parameter] = (*_owners_but(parameter, publisher), (weakref.ref(publisher), name))
 
 
 def disown(publisher: Publisher) -> None:
     with _OWNERS_LOCK:
-        for parameter in [p for p, (ref, _) in _OWNERS.items() if ref() in (publisher, None)]:
-            del _OWNERS[parameter]
+        for parameter in list(_OWNERS):
+            rest = _owners_but(parameter, publisher)
+            if rest:
+                _OWNERS[parameter] = rest
+            else:
+                del _OWNERS[parameter]
     recompute.forget(publisher)
+
+
+def _owners_but(parameter: torch.Tensor, publisher: Publisher) -> tuple[tuple[weakref.ref[Publisher], str], ...]:
+    """Who owns a weight besides ``publisher``, without those that are gone."""
+    return tuple(owned for owned in _OWNERS.get(parameter, ()) if owned[0]() not in (publisher, None))
 
 
 def owner_of(arguments: Sequence[Any]) -> Publisher | None:
@@ -120,7 +134,7 @@ def owner_of(arguments: Sequence[Any]) -> Publisher | None:
         if isinstance(argument, torch.nn.Parameter):
             owned = _OWNERS.get(argument)
             if owned is not None:
-                return owned[0]()  # type: ignore[no-any-return]
+                return owned[-1][0]()  # type: ignore[no-any-return]
     return None
 
 
@@ -137,20 +151,27 @@ def weight_names(arguments: Sequence[Any]) -> Iterator[str]:
     for argument in arguments:
         owned = _OWNERS.get(argument) if isinstance(argument, torch.nn.Parameter) else None
         if owned is not None:
-            yield owned[1]
+            yield owned[-1][1]
 
 
 def all_weight_names(publisher: Publisher) -> list[str]:
     """Names of all weights that a publisher owns."""
     with _OWNERS_LOCK:
-        return [name for ref, name in _OWNERS.values() if ref() is publisher]
+        return [name for owners in _OWNERS.values() for ref, name in owners if ref() is publisher]
 
 
 def meet(arguments: Sequence[Any], attention: bool) -> None:
-    """A graph runs: whoever is attached to its model learns whether it holds attention, or said why it shows none."""
-    publisher = _publisher_of(arguments)
-    if publisher is not None:
-        publisher.met = publisher.met or attention
+    """A graph runs: whoever is attached to its model learns whether it holds attention, or said why it shows none.
+
+    The innermost call tells the step, but the graph is part of every open one.
+    """
+    call = _CALL.get()
+    owner = owner_of(arguments) if call is None else None
+    if owner is not None:
+        owner.met = owner.met or attention
+    while call is not None:
+        call.publisher.met = call.publisher.met or attention
+        call = call.outer
 
 
 def first_capture(arguments: Sequence[Any]) -> bool:

@@ -7,14 +7,13 @@ Progress is ``step index / number of steps``, in ``[0, 1]``. A :class:`Schedule`
 from __future__ import annotations
 
 import dataclasses
-import numbers
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from fpscompile.errors import ScheduleError
 from fpscompile.windows import AnyWindow, is_open, pattern_of, spec_of, window_of, with_density
-from fpscompile.windows.checks import check_density, located
+from fpscompile.windows.checks import check_density, located, real, tensor_given
 
 GRANULARITIES = ("tensor", "head", "tile", "subtile")
 """Regions of Q and K that share one FP8 scale, from coarse to fine (see :mod:`fpscompile.quant`)."""
@@ -37,10 +36,13 @@ class Phase:
     """Region of Q and K that shares one FP8 scale; one of :data:`GRANULARITIES`. Unused when ``quant="none"``."""
 
     def __post_init__(self) -> None:
-        if not _number(self.start) or not _number(self.end) or not 0.0 <= self.start < self.end <= 1.0:
-            raise ScheduleError(
-                f"phase [{self.start!r}, {self.end!r}) is not a range of progress: need numbers 0 <= start < end <= 1"
-            )
+        start, end = real(self.start), real(self.end)
+        if start is None or end is None or not 0.0 <= start < end <= 1.0:
+            where = f"phase [{self.start!r}, {self.end!r})"
+            wrong = f"{where} is not a range of progress: need numbers 0 <= start < end <= 1"
+            raise ScheduleError(tensor_given("start", self.start) or tensor_given("end", self.end) or wrong)
+        object.__setattr__(self, "start", start)
+        object.__setattr__(self, "end", end)
         where = f"phase [{self.start}, {self.end})"
         object.__setattr__(self, "density", None if self.density is None else check_density(self.density))
         if self.window is not None:
@@ -159,10 +161,6 @@ def _phase(value: Any) -> Phase:
     if missing:
         raise ScheduleError(f"a phase needs start and end, and {' and '.join(missing)} of {dict(value)!r} is missing")
     return Phase(**value)
-
-
-def _number(value: Any) -> bool:
-    return isinstance(value, numbers.Real) and not isinstance(value, bool)
 
 
 PAPER = Schedule(

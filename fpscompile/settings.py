@@ -23,7 +23,7 @@ from fpscompile.overrides import (
 )
 from fpscompile.schedule import GRANULARITIES, Phase, Schedule
 from fpscompile.windows import AnyWindow, window_of
-from fpscompile.windows.checks import check_density
+from fpscompile.windows.checks import check_density, real, sizes, tensor_given
 
 KINDS = ("3d", "spatial", "temporal", "cross", "other")
 """What a site attends over. Only "3d" has a rewrite today."""
@@ -54,9 +54,12 @@ class Timestep:
         if not isinstance(self.input, str) or not self.input:
             raise OptionError(f"timestep['input']={self.input!r} must be the name of a forward argument")
         for name in ("start", "end", "shift"):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
-                raise OptionError(f"timestep[{name!r}]={value!r} must be a number, and finite")
+            given = getattr(self, name)
+            value = real(given)
+            if value is None or not math.isfinite(value):
+                where = f"timestep[{name!r}]"
+                raise OptionError(tensor_given(where, given) or f"{where}={given!r} must be a number, and finite")
+            _set(self, name, value)
         if self.start == self.end:
             raise OptionError(f"timestep start and end are both {self.start}: progress cannot be read from them")
         if self.shift <= 0:
@@ -235,18 +238,17 @@ def _is_pair(item: Any, kind: type) -> bool:
 
 
 def three_sizes(value: Any) -> tuple[int, int, int] | None:
-    """Three integers >= 1 as a tuple; None for anything else."""
-    if not isinstance(value, (tuple, list)) or len(value) != 3:
-        return None
-    fine = all(isinstance(v, int) and not isinstance(v, bool) and v >= 1 for v in value)
-    return (value[0], value[1], value[2]) if fine else None
+    """Three integers >= 1 as a tuple of plain ints; None for anything else."""
+    found = sizes(value, 3)
+    return None if found is None else (found[0], found[1], found[2])
 
 
 def _triple(name: str, value: Any, unit: str) -> tuple[int, int, int]:
-    sizes = three_sizes(value)
-    if sizes is None:
-        raise OptionError(f"{name}={value!r} must be three integers >= 1: {unit} along (t, h, w)")
-    return sizes
+    found = three_sizes(value)
+    if found is None:
+        wrong = f"{name}={value!r} must be three integers >= 1: {unit} along (t, h, w)"
+        raise OptionError(tensor_given(name, value) or wrong)
+    return found
 
 
 def _choice(name: str, value: Any, known: tuple[str, ...]) -> None:

@@ -51,7 +51,7 @@ def in_order(state: GraphState, grid: Grid) -> Grid | Rejection | None:
             t, h, w = orders.pop()
             message = (
                 f"the tokens are counted as {sizes}, and the call has {t} frames, {h} rows and {w} columns: they are "
-                "not in row-major (t, h, w) order"
+                "not in row-major (t, h, w) order; count and flatten t, h and w in this order ahead of the blocks"
             )
             return Rejection(Reason.TOKEN_ORDER, message, sizes)
     return None

@@ -29,6 +29,11 @@ WITHOUT_INFLUENCE = words(
 )
 """Outputs that they add are looked at where they are read."""
 
+CAUSAL = (
+    "causal attention is not full 3D attention, so it stays as it is; drop the argument if the model is meant to "
+    "attend to the whole video"
+)
+
 
 def _zero(value: Any) -> bool:
     return isinstance(value, (int, float)) and value == 0
@@ -56,7 +61,7 @@ class _Ask:
 
 
 _DROPOUT = _Ask(_zero, Reason.DROPOUT, "attention dropout has no fused form; train with dropout 0 or call model.eval()")
-_CAUSAL = _Ask(_false, Reason.CAUSAL, "causal attention is not full 3D attention")
+_CAUSAL = _Ask(_false, Reason.CAUSAL, CAUSAL)
 _SIDE = _Ask(_open_side, Reason.MASK, "it is windowed along the sequence already")
 _WINDOW = _Ask(_open_window, Reason.MASK, "it is windowed along the sequence already")
 _CAP = _Ask(_zero, Reason.SPELLING, "soft-capped scores are not plain attention")
@@ -70,7 +75,7 @@ _UNKNOWN = _Ask(lambda v: v is None or _false(v) or _zero(v), Reason.SPELLING, "
 ASKS: dict[str, _Ask] = {
     **dict.fromkeys(("dropout_p", "dropout", "p"), _DROPOUT),
     **dict.fromkeys(("causal", "is_causal"), _CAUSAL),
-    "custom_mask_type": _Ask(_zero, Reason.CAUSAL, "causal attention is not full 3D attention"),
+    "custom_mask_type": _Ask(_zero, Reason.CAUSAL, CAUSAL),
     **dict.fromkeys(("window_size_left", "window_size_right", "window_left", "window_right"), _SIDE),
     "window_size": _WINDOW,
     **dict.fromkeys(("softcap", "logits_soft_cap"), _CAP),

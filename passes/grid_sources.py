@@ -32,6 +32,10 @@ logger = logging.getLogger(__name__)
 Grid = tuple[Size, Size, Size]
 MOST_NODES = 400
 """A rotary table takes some dozens of nodes; what takes more is no table."""
+FLATTEN = (
+    "flatten t, h and w in this order ahead of the blocks, such as x.permute(0, 2, 3, 4, 1).flatten(1, 3) where x is "
+    "[B, C, T, H, W]"
+)
 
 
 def grid_of(axis: Axis) -> Grid | Rejection | None:
@@ -54,7 +58,8 @@ def grid_of(axis: Axis) -> Grid | Rejection | None:
         if len(axis) > 3:
             return Rejection(
                 Reason.TOKEN_ORDER,
-                f"the tokens are an interleaving of {len(axis)} axes ({describe(axis)}), not row-major (t, h, w)",
+                f"the tokens are an interleaving of {len(axis)} axes ({describe(axis)}), not row-major (t, h, w); "
+                f"{FLATTEN}",
                 describe(axis),
             )
         dims = [lead.dim for lead in roots]
@@ -64,7 +69,7 @@ def grid_of(axis: Axis) -> Grid | Rejection | None:
             tensors = " and ".join(sorted(origins))
             return Rejection(
                 Reason.TOKEN_ORDER,
-                f"the tokens run over dimensions {dims} of {tensors}, not in row-major (t, h, w) order",
+                f"the tokens run over dimensions {dims} of {tensors}, not in row-major (t, h, w) order; {FLATTEN}",
                 dims,
             )
     t, h, w = (factor.size for factor in axis)

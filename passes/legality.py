@@ -11,6 +11,7 @@ from torch import fx
 from fpscompile.ir import Reason, Rejection
 from fpscompile.passes.axes import same
 from fpscompile.passes.base import fake_tensor, shape_of, target_name
+from fpscompile.passes.declared import CAUSAL
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -24,7 +25,7 @@ def illegal(node: fx.Node) -> Rejection | None:
         message = f"dropout_p={rate}: attention dropout has no fused form; train with dropout 0 or call model.eval()"
         return Rejection(Reason.DROPOUT, message, rate, node)
     if node.kwargs.get("is_causal") is not False:
-        return Rejection(Reason.CAUSAL, "is_causal=True: causal attention is not full 3D attention", True, node)
+        return Rejection(Reason.CAUSAL, f"is_causal=True: {CAUSAL}", True, node)
     if query.dtype not in DTYPES:
         names = ", ".join(str(dtype).removeprefix("torch.") for dtype in DTYPES)
         return Rejection(Reason.DTYPE, f"dtype {query.dtype} is not supported; use one of {names}", query.dtype, node)

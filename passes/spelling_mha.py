@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from fpscompile.ir import Reason, Rejection
 from fpscompile.passes.base import GraphState, emit, fake_tensor, pinned, shape_of
 from fpscompile.passes.canonical import attention, substitute
-from fpscompile.passes.declared import arguments_of
+from fpscompile.passes.declared import CAUSAL, arguments_of
 from fpscompile.passes.spelling_flash import covered_by, output_of, reads_more
 
 TENSORS = ("query", "key", "value")
@@ -44,7 +44,7 @@ def asks_for_more(node: fx.Node, arguments: dict[str, Any]) -> Rejection | None:
         message = f"dropout_p={rate}: attention dropout has no fused form; train with dropout 0 or call model.eval()"
         return Rejection(Reason.DROPOUT, message, rate, node)
     if arguments.get("is_causal"):
-        return Rejection(Reason.CAUSAL, "is_causal=True: causal attention is not full 3D attention", True, node)
+        return Rejection(Reason.CAUSAL, f"is_causal=True: {CAUSAL}", True, node)
     if arguments.get("attn_mask") is not None:
         return Rejection(Reason.MASK, "attn_mask differs from query to query; only a key mask is supported", None, node)
     for name in ("bias_k", "bias_v", "static_k", "static_v"):

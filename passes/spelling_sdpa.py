@@ -14,6 +14,7 @@ from torch.nn import functional as F
 from fpscompile.ir import Reason, Rejection
 from fpscompile.passes.base import GraphState, argument, emit, fake_tensor, pinned, shape_of
 from fpscompile.passes.canonical import attention, in_dtype, substitute
+from fpscompile.passes.declared import CAUSAL
 
 SDPA_ARGUMENTS: tuple[tuple[str, Any], ...] = (
     ("attn_mask", None),
@@ -72,7 +73,7 @@ def _with_heads(state: GraphState, node: fx.Node) -> bool:
     if not isinstance(rate, (int, float)) or rate != 0:
         declined = Rejection(Reason.DROPOUT, f"dropout_p={rate}: attention dropout has no fused form", rate, node)
     elif causal is not False:
-        declined = Rejection(Reason.CAUSAL, "is_causal=True: causal attention is not full 3D attention", causal, node)
+        declined = Rejection(Reason.CAUSAL, f"is_causal=True: {CAUSAL}", causal, node)
 
     def write() -> tuple[fx.Node, fx.Node]:
         query, key, value = (emit(state, "unsqueeze", (tensor, 1)) for tensor in node.args[:3])

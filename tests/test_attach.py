@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import functools
+import inspect
 import threading
 from collections.abc import Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import diffusers
@@ -17,7 +19,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import fpscompile
-from fpscompile import Backend, Settings
+from fpscompile import Backend, Settings, runtime
 from fpscompile.errors import ConcurrentCallError, GridError, OptionError
 from fpscompile.lowerings import boxes
 
@@ -136,8 +138,15 @@ def test_manual_step_beats_the_timestep_input(phases: list[tuple[int, ...]]) -> 
         attachment.detach()
         output(compiled, **wan_inputs(step=1000))
     assert phases == [(2,), (0,)]
-    with pytest.raises(OptionError, match=r"step\(10, 10\)"):
+    with pytest.raises(OptionError, match=r"step\(10, 10\): the index must be in \[0, 10\)"):
         attachment.step(10, 10)
+
+
+@pytest.mark.parametrize("total", [0, -3])
+def test_a_number_of_steps_below_one_is_refused(total: int) -> None:
+    with fpscompile.attach(torch.nn.Identity()) as attachment, pytest.raises(OptionError) as caught:
+        attachment.step(0, total)
+    assert str(caught.value) == f"step(0, {total}): total, the number of steps, must be >= 1"
 
 
 @pytest.mark.parametrize("index", [3, np.int64(3), np.array(3), torch.tensor(3), torch.tensor([3])])
@@ -309,6 +318,124 @@ def test_attach_finds_the_denoisers_of_a_pipeline() -> None:
         fpscompile.attach(object())
 
 
+@pytest.mark.parametrize(
+    "scheduler",
+    [
+        *("x", 5, nn.Identity(), {"timesteps": [1]}, SimpleNamespace(timesteps=[1]), SimpleNamespace(step_index=0)),
+        diffusers.FlowMatchEulerDiscreteScheduler,
+        torch.optim.lr_scheduler.ConstantLR(torch.optim.SGD(nn.Linear(1, 1).parameters(), 0.1)),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_a_scheduler_that_tells_no_step_is_refused(scheduler: Any, caplog: pytest.LogCaptureFixture) -> None:
+    with pytest.raises(OptionError, match=rf"is a {type(scheduler).__name__}; .*a diffusers scheduler"):
+        fpscompile.attach(nn.Identity(), scheduler=scheduler)
+    # That of a pipeline is not the user's word: the grids are published all the same.
+    pipe = SimpleNamespace(transformer=nn.Identity(), scheduler=scheduler)
+    with fpscompile.attach(pipe) as attachment:
+        assert np.isnan(attachment.progress())
+    assert f"the scheduler of SimpleNamespace, a {type(scheduler).__name__}, does not tell" in caplog.text
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_every_scheduler_of_diffusers_is_taken() -> None:
+    taken = 0
+    for kind in (getattr(diffusers.schedulers, name) for name in dir(diffusers.schedulers)):
+        if not inspect.isclass(kind) or not issubclass(kind, diffusers.ConfigMixin):
+            continue
+        try:
+            scheduler = kind()
+        except (ImportError, TypeError):  # another package, or arguments, are needed
+            continue
+        fpscompile.attach(nn.Identity(), scheduler=scheduler).detach()
+        taken += 1
+    assert taken > 30
+    fpscompile.attach(nn.Identity(), scheduler=SimpleNamespace(timesteps=[1, 0], step_index=0)).detach()
+
+
+def compile_in(how: str, model: Any) -> Any:
+    if how == "torch.compile":
+        return torch.compile(model, backend="fps", options=OPTIONS)
+    if how == "module.compile":
+        model.compile(backend="fps", options=OPTIONS)
+    else:
+        model.compile_repeated_blocks(backend="fps", options=OPTIONS)
+    return model
+
+
+@pytest.mark.parametrize("first_off", ["earlier", "later"])
+@pytest.mark.parametrize("how", ["torch.compile", "module.compile", "blocks", "attach first"])
+def test_a_second_attachment_of_one_model(
+    how: str, first_off: str, phases: list[tuple[int, ...]], caplog: pytest.LogCaptureFixture
+) -> None:
+    """As in a notebook's cell that runs again: the later one tells the step, and hands back when it is detached."""
+    model = wan(layers=1)
+    compiled = model if how == "attach first" else compile_in(how, model)
+    earlier, later = (fpscompile.attach(compiled) for _ in range(2))
+    compiled = compile_in("torch.compile", model) if how == "attach first" else compiled
+    earlier.step(5, 10)
+    later.step(9, 10)
+    off, rest = (earlier, later) if first_off == "earlier" else (later, earlier)
+    with torch.no_grad():
+        for attachment in (off, rest):
+            output(compiled, **wan_inputs(step=1000))
+            assert runtime.current_call() is None
+            attachment.detach()
+    assert phases == [(2,), (2,) if first_off == "earlier" else (1,)]
+    assert not [record for record in caplog.records if "no graph that holds attention" in record.getMessage()]
+
+
+def test_a_second_attachment_leaves_the_model_to_other_threads() -> None:
+    compiled = compile_in("blocks", wan(layers=1))
+    results: list[torch.Tensor] = []
+
+    def call() -> None:
+        with torch.no_grad():
+            results.append(output(compiled, **wan_inputs()))
+
+    with fpscompile.attach(compiled), fpscompile.attach(compiled):
+        call()
+        thread = threading.Thread(target=call)
+        thread.start()
+        thread.join()
+    assert torch.equal(*results)
+
+
+def test_an_error_in_a_model_with_two_attachments_closes_both_calls() -> None:
+    def backend(gm: torch.fx.GraphModule, inputs: Any) -> Any:
+        raise ValueError("boom")
+
+    model: Any = nn.Linear(2, 2)
+    model.compile(backend=backend)
+    before = model._compiled_call_impl
+    with fpscompile.attach(model), fpscompile.attach(model, grid=lambda args, kwargs: (0, 0, 0)):
+        with pytest.raises(GridError):
+            model(torch.zeros(1, 2))
+        assert runtime.current_call() is None
+    assert model._compiled_call_impl is before
+
+
+@pytest.mark.parametrize("how", ["module.compile", "blocks"])
+def test_a_model_and_a_part_of_it_are_both_attached(
+    how: str, phases: list[tuple[int, ...]], caplog: pytest.LogCaptureFixture
+) -> None:
+    class Whole(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.transformer = compile_in(how, wan(layers=1))
+
+        def forward(self, **inputs: Any) -> torch.Tensor:
+            return output(self.transformer, **inputs)
+
+    model = Whole()
+    with torch.no_grad(), fpscompile.attach(model) as outer, fpscompile.attach(model.transformer) as inner:
+        outer.step(5, 10)
+        inner.step(9, 10)
+        model(**wan_inputs())
+    assert phases == [(2,)]
+    assert not [record for record in caplog.records if "no graph that holds attention" in record.getMessage()]
+
+
 def test_grid_reader_layouts() -> None:
     from fpscompile.grid_of_call import GridReader
 
@@ -379,3 +506,34 @@ def test_a_grid_that_is_not_three_sizes_is_refused(grid: Any) -> None:
     with pytest.raises(GridError, match="three integers"):
         attachment.models["Linear"](torch.zeros(1, 2))
     attachment.detach()
+
+
+def test_a_grid_of_numpy_is_one_and_a_tensor_is_not() -> None:
+    model = torch.nn.Linear(2, 2)
+    for grid in ((np.int64(3), np.int32(4), 5), np.array([3, 4, 5])):
+        with fpscompile.attach(model, grid=grid) as attachment:
+            seen = attachment._open(lambda args, kwargs, grid=grid: grid, (), {})
+            call = runtime.current_call()
+            assert call is not None
+            assert call.grid == (3, 4, 5)
+            assert {type(size) for size in call.grid} == {int}
+            runtime.close_call(seen)
+    with pytest.raises(GridError, match=r"^grid\[0\]=tensor\(3\) is a Tensor: pass a number \(.item\(\)\)"):
+        fpscompile.attach(model, grid=(torch.tensor(3), 4, 5))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("order", ["attach first", "compile first"])
+@pytest.mark.parametrize(("grid", "expected"), [((5, 5, 5), 1), ((3, 6, 10), 0)])
+def test_a_grid_that_the_graph_contradicts_is_named(
+    grid: tuple[int, int, int], expected: int, order: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    model = wan(layers=2)
+    attachment = fpscompile.attach(model, grid=grid) if order == "attach first" else None
+    compiled = torch.compile(model, backend="fps", options=OPTIONS, dynamic=False)
+    attachment = attachment or fpscompile.attach(compiled, grid=grid)
+    with torch.no_grad(), attachment:
+        for own in [(3, 6, 10), (3, 6, 10), (3, 10, 6)][: 3 if expected else 2]:
+            output(compiled, **wan_inputs(own))
+    messages = [record.getMessage() for record in caplog.records if "not used" in record.getMessage()]
+    assert len(messages) == expected
+    assert all("grid=(5, 5, 5), which is not used: the graph itself shows (3, 6, 10)" in text for text in messages)

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import json
 import sys
+from fractions import Fraction
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
 
 from fpscompile.errors import FpsError, OptionError, ScheduleError
 from fpscompile.schedule import Phase, Schedule
@@ -92,6 +96,82 @@ def test_bad_options(options: dict[str, Any], words: str) -> None:
         Settings.from_options(options)
     assert isinstance(caught.value, FpsError)
     assert isinstance(caught.value, ValueError)
+
+
+NUMPY = {
+    "tile": (np.int64(4), np.int32(8), np.uint8(8)),
+    "grid": np.array([3, 6, 10]),
+    "timestep": {"start": np.float32(1000), "end": np.int64(0), "shift": Fraction(3)},
+}
+
+
+@pytest.mark.parametrize(
+    "how",
+    [
+        {"density": np.float32(0.25)},
+        {"window": (np.int64(1), np.int64(2), 2)},
+        {"schedule": [{"start": np.int64(0), "end": np.float32(0.5), "density": np.float16(0.5)},
+                      {"start": np.float32(0.5), "end": np.float64(1), "window": {"family": "temporal",
+                                                                                 "size": np.array([2, 2])}}]},
+        {"layers": {"0": {"density": np.float32(0.5)}}, "heads": {"0": {"family": "radial", "size": np.array([2, 2])}}},
+    ],
+    ids=lambda how: "+".join(how),
+)  # fmt: skip
+def test_numbers_of_numpy_become_plain_ones(how: dict[str, Any]) -> None:
+    settings = Settings.from_options(NUMPY | how)
+    fields = dataclasses.asdict(settings.timestep)
+    phases = [phase.to_data() for schedule in settings.variants for phase in schedule.phases]
+    json.dumps([settings.tile, settings.grid, settings.density, settings.window, fields, phases])
+    hash(settings)
+    assert [type(size) for size in (*settings.tile, *settings.grid)] == [int] * 6  # type: ignore[misc]
+    assert [type(fields[name]) for name in ("start", "end", "shift")] == [float] * 3
+    assert "np." not in repr(settings)
+
+
+def test_plain_numbers_and_those_of_numpy_are_the_same_settings() -> None:
+    plain = {"tile": (4, 8, 8), "grid": (3, 6, 10), "timestep": {"start": 1000, "end": 0, "shift": 3}}
+    ours, theirs = (Settings.from_options(options | {"density": 0.25}) for options in (NUMPY, plain))
+    assert ours == theirs
+    assert hash(ours) == hash(theirs)
+    assert repr(ours) == repr(theirs)
+
+
+ITEM = r" is a Tensor: pass a number \(\.item\(\)\)$"
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"density": torch.tensor(0.2)}, r"^density=tensor\(0\.2000\)" + ITEM),
+        ({"tile": (torch.tensor(4), 8, 8)}, r"^tile\[0\]=tensor\(4\)" + ITEM),
+        ({"tile": torch.tensor([4, 8, 8])}, r"^tile=tensor\(\[4, 8, 8\]\) is a Tensor: pass numbers \(\.tolist\(\)\)$"),
+        ({"grid": [3, 6, torch.tensor(10)]}, r"^grid\[2\]=tensor\(10\)" + ITEM),
+        ({"window": (1, torch.tensor(2), 2)}, r"^window\[1\]=tensor\(2\)" + ITEM),
+        ({"window": {"family": "temporal", "size": (1, torch.tensor(2))}}, r"^size\[1\]=tensor\(2\)" + ITEM),
+        ({"window": {"family": "spatial", "frames": torch.tensor(2)}}, r"^frames=tensor\(2\)" + ITEM),
+        ({"timestep": {"start": torch.tensor(9)}}, r"^timestep\['start'\]=tensor\(9\)" + ITEM),
+        (
+            {"schedule": [{"start": 0, "end": torch.tensor(1.0), "density": 0.5}]},
+            r"^schedule\[0\]: end=tensor\(1\.\)" + ITEM,
+        ),
+        ({"density": "0.2"}, r"density='0\.2' must be a number in \(0, 1\]"),
+        ({"density": np.bool_(True)}, r"must be a number in \(0, 1\]"),
+        ({"density": 10**400}, r"must be a number in \(0, 1\]"),
+        ({"tile": (True, 8, 8)}, "three integers"),
+        ({"tile": (np.bool_(True), 8, 8)}, "three integers"),
+        ({"tile": (np.float64(4), 8, 8)}, "three integers"),
+        ({"tile": np.array([4.0, 8, 8])}, "three integers"),
+        ({"window": b"abc"}, "three integers"),
+        ({"timestep": {"start": True}}, "must be a number, and finite"),
+        ({"timestep": {"start": np.float32("inf")}}, "must be a number, and finite"),
+        ({"timestep": {"start": 10**400}}, "must be a number, and finite"),
+        ({"schedule": [{"start": False, "end": True, "density": 0.5}]}, "need numbers 0 <= start < end <= 1"),
+    ],
+    ids=str,
+)
+def test_what_is_no_plain_number(options: dict[str, Any], words: str) -> None:
+    with pytest.raises(OptionError, match=words):
+        Settings.from_options(options)
 
 
 @pytest.mark.parametrize("ranges", [[(0.0, 0.5), (0.4, 1.0)], [(0.0, 0.4), (0.5, 1.0)], [(0.5, 0.2)], [(0.0, 0.9)]])

@@ -8,6 +8,7 @@ import math
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -228,7 +229,7 @@ def test_operators() -> None:
         ({"family": "radial", "sice": [1, 1]}, "'radial' has no field 'sice'; its fields are size, decay"),
         ({"family": "dense", "size": 1}, "it has none"),
         ({"family": "radial", "size": [1, 0]}, "two integers >= 1"),
-        ({"family": "radial", "decay": 0.0}, r"decay=0.0 must be in \(0, 1\]"),
+        ({"family": "radial", "decay": 0.0}, r"decay=0.0 must be a number in \(0, 1\]"),
         ({"family": "spatial", "frames": 1.5}, "frames=1.5 must be an integer >= 1"),
         ({"family": "sliding", "size": [1, 1]}, "three integers"),
         ({"family": "sliding", "size": [1, 1, 1], "density": 0.5}, "not both"),
@@ -247,6 +248,17 @@ def test_operators() -> None:
 def test_bad_windows(spec: Any, words: str) -> None:
     with pytest.raises(OptionError, match=words):
         window_of(spec)
+
+
+def test_numbers_of_numpy_become_plain_ones() -> None:
+    for window in (
+        SpatialBand(np.int64(2)),
+        FirstFrame(np.int64(2)),
+        TopK(tiles=np.int64(3)),
+        Radial(decay=np.float32(0.5)),
+    ):
+        assert window_of(json.loads(json.dumps(spec_of(window)))) == window
+        assert "np." not in repr(window)
 
 
 def test_heads_that_do_not_exist() -> None:

@@ -15,7 +15,7 @@ import torch
 from fpscompile.errors import WindowError
 from fpscompile.masks import Window, axis_mask, product_mask, window_for_density
 from fpscompile.windows.base import Pattern, TileSets, View
-from fpscompile.windows.checks import check_count, check_density, check_pair, check_window
+from fpscompile.windows.checks import check_count, check_density, check_pair, check_window, real, tensor_given
 
 
 @dataclass(frozen=True)
@@ -79,7 +79,7 @@ class SpatialBand(_Product):
     frames: int = 1
 
     def __post_init__(self) -> None:
-        check_count("frames", self.frames)
+        object.__setattr__(self, "frames", check_count("frames", self.frames))
 
     def product(self, view: View) -> Window:
         t, h, w = view.counts
@@ -119,8 +119,11 @@ class Radial(Pattern):
     def __post_init__(self) -> None:
         if self.size is not None:
             object.__setattr__(self, "size", check_pair("size", self.size))
-        if isinstance(self.decay, bool) or not isinstance(self.decay, (int, float)) or not 0.0 < self.decay <= 1.0:
-            raise WindowError(f"decay={self.decay!r} must be in (0, 1]: the factor per doubling of the distance")
+        decay = real(self.decay)
+        if decay is None or not 0.0 < decay <= 1.0:
+            wrong = f"decay={self.decay!r} must be a number in (0, 1]: the factor per doubling of the distance"
+            raise WindowError(tensor_given("decay", self.decay) or wrong)
+        object.__setattr__(self, "decay", decay)
 
     def extent(self, distance: int, count: int, size: int | None) -> int:
         """Tiles seen along one spatial axis of ``count`` tiles at a temporal distance."""
@@ -150,7 +153,7 @@ class FirstFrame(Pattern):
     frames: int = 1
 
     def __post_init__(self) -> None:
-        check_count("frames", self.frames)
+        object.__setattr__(self, "frames", check_count("frames", self.frames))
 
     def seen(self, view: View) -> torch.Tensor:
         n_t, n_h, n_w = view.counts
@@ -188,7 +191,7 @@ class TopK(Pattern):
         if self.density is not None:
             object.__setattr__(self, "density", check_density(self.density))
         if self.tiles is not None:
-            check_count("tiles", self.tiles)
+            object.__setattr__(self, "tiles", check_count("tiles", self.tiles))
 
     def sets(self, view: View) -> TileSets:
         everything = torch.ones(1, view.tiles, view.tiles, dtype=torch.bool)

@@ -239,6 +239,20 @@ def test_declined(name: str, dynamic: bool) -> None:
     assert (site.kind, site.rewritten, site.reason_code) == (kind, False, code)
 
 
+@pytest.mark.parametrize(
+    ("name", "remedy"),
+    [
+        ("causal", "drop the argument if the model is meant to attend to the whole video"),
+        ("h-w-t order", "flatten t, h and w in this order ahead of the blocks, such as x.permute(0, 2, 3, 4, 1)"),
+        ("tile order", "flatten t, h and w in this order ahead of the blocks, such as x.permute(0, 2, 3, 4, 1)"),
+    ],
+)
+def test_reasons_say_what_would_change_them(name: str, remedy: str) -> None:
+    attention, args, *_ = DECLINED[name]
+    (site,) = explain(attention, *args)
+    assert remedy in (site.reason or "")
+
+
 def test_two_sites_of_one_graph_are_judged_apart() -> None:
     def both(video: torch.Tensor) -> torch.Tensor:
         return plain(video).sum() + spatial(video).sum()

@@ -72,7 +72,11 @@ def alibi(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
 @pytest.mark.parametrize(
     ("attention", "code", "words"),
     [
-        (lambda q, k, v: flash_attn_func(q, k, v, causal=True), "causal", "causal=True"),
+        (
+            lambda q, k, v: flash_attn_func(q, k, v, causal=True),
+            "causal",
+            "causal=True: causal attention is not full 3D attention, so it stays as it is; drop",
+        ),
         (lambda q, k, v: flash_attn_func(q, k, v, dropout_p=0.25), "dropout", "dropout_p=0.25"),
         (lambda q, k, v: flash_attn_func(q, k, v, window_size=(8, 8)), "mask", "window_size_left=8"),
         (lambda q, k, v: memory_efficient_attention(q, k, v, causal=True), "causal", "is_causal=True"),
