@@ -13,7 +13,7 @@ import math
 import reprlib
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from types import TracebackType
 from typing import Any, SupportsIndex
 
@@ -140,7 +140,7 @@ class Attachment:
         for model in models.values():
             reader = grid if callable(grid) else GridReader(_original(model), grid)
             self._undo += _hook(model, functools.partial(self._open, reader), functools.partial(self._close, model))
-            runtime.own(_original(model).named_parameters(), self)
+        runtime.own(self)
 
     def __enter__(self) -> Attachment:
         return self
@@ -157,6 +157,11 @@ class Attachment:
         if self.met is False:
             self._warn(" and ".join(self.models))
         runtime.disown(self)
+
+    def weights(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """(name in its model, weight) of all that is attached, as it is now."""
+        for model in self.models.values():
+            yield from _original(model).named_parameters()
 
     def step(self, index: SupportsIndex, total: SupportsIndex) -> None:
         """Say by hand that step ``index`` of ``total`` is next; it holds until said anew, whatever the scheduler says.
@@ -268,7 +273,8 @@ def _hook(
     def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         # Traced by Dynamo when the model itself is compiled: then the graph shows the grid, and progress is found
         # through the owner of the weights.
-        if torch.compiler.is_compiling():
+        # A deep copy of the model has its hooks, and is not attached.
+        if torch.compiler.is_compiling() or module is not model:
             return
         if not hasattr(local, "tokens"):
             local.tokens = []
@@ -276,7 +282,7 @@ def _hook(
         local.tokens[-1] = open_call(args, kwargs)
 
     def after(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-        if torch.compiler.is_compiling():
+        if torch.compiler.is_compiling() or module is not model:
             return
         token = local.tokens.pop() if getattr(local, "tokens", None) else None
         if token is not None:

@@ -15,7 +15,9 @@ import hashlib
 import logging
 import os
 import platform
+import shutil
 import subprocess
+import tempfile
 import threading
 import time
 from collections.abc import Iterator
@@ -224,24 +226,35 @@ def library_key(source: str) -> str:
 
 
 def _built(key: str, source: str) -> Path:
-    from torch._inductor.exc import CppCompileError
-
     folder = cache_folder()
     library = folder / f"{key}.so"
     if library.exists():
         return library
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        with _file_lock(folder / f"{key}.lock"):
+            if not library.exists():
+                _build(source, library)
     except OSError as error:
         raise UnsupportedError(_unusable(folder, error)) from error
-    with _file_lock(folder / f"{key}.lock"):
-        if library.exists():
-            return library
-        text = folder / f"{key}.cpp"
-        write_atomically(text, source)
-        name = f"{key}.{os.getpid()}.{threading.get_ident()}"
-        builder = _builder(name, str(text), str(folder))
-        start = time.perf_counter()
+    return library
+
+
+def _build(source: str, library: Path) -> None:
+    """Compile in a folder whose name has no spaces or quotes: torch's command lines do not escape them."""
+    from torch._inductor.exc import CppCompileError
+
+    text = library.with_suffix(".cpp")
+    write_atomically(text, source)
+    start = time.perf_counter()
+    with tempfile.TemporaryDirectory(prefix="fps_build_") as folder:
+        if any(char.isspace() or char in "'\"\\" for char in folder):
+            raise UnsupportedError(
+                f"no kernel can be built in {folder}, whose name has spaces or quotes: set TMPDIR to another folder"
+            )
+        copy = Path(folder) / text.name
+        copy.write_text(source)
+        builder = _builder(library.stem, str(copy), folder)
         try:
             builder.build()
         except CppCompileError as error:
@@ -249,9 +262,13 @@ def _built(key: str, source: str) -> Path:
                 f"{compiler()[0]} rejects {text}; choose lowering='boxes', or set CXX to g++ >= 11 or clang++ >= 14\n"
                 f"{error}"
             ) from error
-        os.replace(builder.get_target_file_path(), library)
-        logger.info("built %s in %.1f s", library, time.perf_counter() - start)
-    return library
+        beside = library.with_suffix(f".{os.getpid()}.{threading.get_ident()}")
+        try:
+            shutil.copy(builder.get_target_file_path(), beside)
+            os.replace(beside, library)
+        finally:
+            beside.unlink(missing_ok=True)
+    logger.info("built %s in %.1f s", library, time.perf_counter() - start)
 
 
 def _unusable(folder: Path, error: OSError) -> str:

@@ -45,6 +45,7 @@ unless they are float64. A float ``key_mask`` stays as it is.
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -121,6 +122,12 @@ def _attention_fake(
     return output, query.new_empty(batch, heads, length, dtype=wide)
 
 
+def _as_given(device_type: str) -> contextlib.AbstractContextManager[Any]:
+    """In the dtypes of the tensors at hand: a caller's autocast is for the model's operations, not for those inside."""
+    inside = torch.is_autocast_enabled(device_type)
+    return torch.autocast(device_type, enabled=False) if inside else contextlib.nullcontext()
+
+
 def _attention_backward(
     grad_output: torch.Tensor,
     query: torch.Tensor,
@@ -144,7 +151,8 @@ def _attention_backward(
     lowering = _of_gradients(resolved)
     scale = query.shape[-1] ** -0.5 if scale is None else scale
     call = _arguments(query, key, key_mask, phase, resolved, scale, selection, lowering)
-    return lowerings.backward(lowering, grad_output, query, key, value, output, lse, **call)
+    with _as_given(query.device.type):
+        return lowerings.backward(lowering, grad_output, query, key, value, output, lse, **call)
 
 
 torch.library.impl("fps::attention_backward", "default", lib=_library)(_attention_backward)
@@ -216,7 +224,8 @@ def _select_tiles(
     _check_phases(phase, query.shape[0])
     if query.shape[0] == 0:
         return _select_tiles_fake(query, capacity)
-    selected = selection_of.select(query, key, phase=phase, resolved=resolved, key_mask=key_mask, scale=scale)
+    with _as_given(query.device.type):
+        selected = selection_of.select(query, key, phase=phase, resolved=resolved, key_mask=key_mask, scale=scale)
     return selection_of.pack(selected, capacity)
 
 

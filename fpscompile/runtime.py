@@ -41,6 +41,9 @@ class Publisher(Protocol):
     def progress(self) -> float:
         """Denoising progress of the running call in [0, 1], NaN when unknown."""
 
+    def weights(self) -> Iterator[tuple[str, torch.nn.Parameter]]:
+        """(name in its model, weight) of all that is attached, as it is now."""
+
 
 @dataclass
 class Busy:
@@ -83,6 +86,10 @@ _CALL: contextvars.ContextVar[Call | None] = contextvars.ContextVar("fpscompile_
 # attachment is kept alive by the other.
 _OWNERS: WeakIdKeyDictionary = WeakIdKeyDictionary()
 _OWNERS_LOCK = threading.Lock()
+_PUBLISHERS: list[weakref.ref[Publisher]] = []
+"""Those that own weights, in the order in which they were attached."""
+_STRANGERS: WeakIdKeyDictionary = WeakIdKeyDictionary()
+"""Parameters that nobody owned when all weights were last looked through."""
 
 
 def open_call(publisher: Publisher, grid: Grid | None) -> contextvars.Token[Call | None]:
@@ -103,22 +110,32 @@ def current_call() -> Call | None:
     return _CALL.get()
 
 
-def own(parameters: Iterator[tuple[str, torch.Tensor]], publisher: Publisher) -> None:
-    """Make ``publisher`` answer for calls that read these weights, (name, weight) pairs, until it disowns them."""
+def own(publisher: Publisher) -> None:
+    """Make ``publisher`` answer for calls that read its weights, until it disowns them."""
     with _OWNERS_LOCK:
-        for name, parameter in parameters:
-            _OWNERS[parameter] = (*_owners_but(parameter, publisher), (weakref.ref(publisher), name))
+        _PUBLISHERS[:] = [ref for ref in _PUBLISHERS if ref() is not None] + [weakref.ref(publisher)]
+        _own(publisher)
 
 
 def disown(publisher: Publisher) -> None:
     with _OWNERS_LOCK:
-        for parameter in list(_OWNERS):
-            rest = _owners_but(parameter, publisher)
-            if rest:
-                _OWNERS[parameter] = rest
-            else:
-                del _OWNERS[parameter]
+        _PUBLISHERS[:] = [ref for ref in _PUBLISHERS if ref() not in (publisher, None)]
+        _drop(publisher)
     recompute.forget(publisher)
+
+
+def _own(publisher: Publisher) -> None:
+    for name, parameter in publisher.weights():
+        _OWNERS[parameter] = (*_owners_but(parameter, publisher), (weakref.ref(publisher), name))
+
+
+def _drop(publisher: Publisher) -> None:
+    for parameter in list(_OWNERS):
+        rest = _owners_but(parameter, publisher)
+        if rest:
+            _OWNERS[parameter] = rest
+        else:
+            del _OWNERS[parameter]
 
 
 def _owners_but(parameter: torch.Tensor, publisher: Publisher) -> tuple[tuple[weakref.ref[Publisher], str], ...]:
@@ -127,14 +144,31 @@ def _owners_but(parameter: torch.Tensor, publisher: Publisher) -> tuple[tuple[we
 
 
 def owner_of(arguments: Sequence[Any]) -> Publisher | None:
-    """The publisher that owns the first owned weight among a compiled graph's arguments."""
-    if not _OWNERS:
+    """The publisher that owns the first owned weight among a compiled graph's arguments.
+
+    Weights may have been replaced since they were attached (``load_state_dict(assign=True)``): where none is known, all
+    are looked through once more.
+    """
+    if not _PUBLISHERS:
         return None
+    found = _owner_among(arguments)
+    first = next((x for x in arguments if isinstance(x, torch.nn.Parameter)), None) if found is None else None
+    if first is not None and first not in _STRANGERS:
+        with _OWNERS_LOCK:
+            for publisher in [publisher for ref in _PUBLISHERS if (publisher := ref()) is not None]:
+                _drop(publisher)
+                _own(publisher)
+        found = _owner_among(arguments)
+        if found is None:
+            _STRANGERS[first] = True
+    return found
+
+
+def _owner_among(arguments: Sequence[Any]) -> Publisher | None:
     for argument in arguments:
-        if isinstance(argument, torch.nn.Parameter):
-            owned = _OWNERS.get(argument)
-            if owned is not None:
-                return owned[-1][0]()  # type: ignore[no-any-return]
+        owned = _OWNERS.get(argument) if isinstance(argument, torch.nn.Parameter) else None
+        if owned is not None:
+            return owned[-1][0]()  # type: ignore[no-any-return]
     return None
 
 
@@ -146,7 +180,7 @@ def _publisher_of(arguments: Sequence[Any]) -> Publisher | None:
 
 def weight_names(arguments: Sequence[Any]) -> Iterator[str]:
     """Names of the owned weights among a compiled graph's arguments, in order."""
-    if not _OWNERS:
+    if owner_of(arguments) is None:
         return
     for argument in arguments:
         owned = _OWNERS.get(argument) if isinstance(argument, torch.nn.Parameter) else None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import inspect
 import threading
@@ -537,3 +538,60 @@ def test_a_grid_that_the_graph_contradicts_is_named(
     messages = [record.getMessage() for record in caplog.records if "not used" in record.getMessage()]
     assert len(messages) == expected
     assert all("grid=(5, 5, 5), which is not used: the graph itself shows (3, 6, 10)" in text for text in messages)
+
+
+def test_weights_that_are_replaced_stay_attached(phases: list[tuple[int, ...]]) -> None:
+    """``load_state_dict(assign=True)`` puts other parameters in; a compiled model has only them to be known by."""
+    model = wan(layers=2)
+    with fpscompile.attach(model) as attachment, torch.no_grad():
+        attachment.step(9, 10)
+        compiled = torch.compile(model, backend="fps", options=OPTIONS | {"timestep": {"input": "none"}})
+        before = output(compiled, **wan_inputs())
+        model.load_state_dict({name: x.clone() for name, x in model.state_dict().items()}, assign=True)
+        torch.testing.assert_close(output(compiled, **wan_inputs()), before)
+        assert set(phases) == {(2,)}
+        other = fpscompile.attach(model)  # the last to attach still tells the step, whatever was replaced since
+        other.step(0, 10)
+        model.load_state_dict({name: x.clone() for name, x in model.state_dict().items()}, assign=True)
+        phases.clear()
+        output(compiled, **wan_inputs())
+        assert set(phases) == {(0,)}
+        other.detach()
+        phases.clear()
+        output(compiled, **wan_inputs())
+        assert set(phases) == {(2,)}
+
+
+def test_models_that_nobody_attached_are_looked_for_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, stranger = wan(layers=1), [nn.Parameter(torch.ones(2))]
+    with fpscompile.attach(model) as attachment:
+        looks: list[None] = []
+        weights = attachment.weights
+        monkeypatch.setattr(attachment, "weights", lambda: looks.append(None) or weights())
+        assert runtime.owner_of(stranger) is runtime.owner_of(stranger) is None
+        assert len(looks) == 1
+        assert runtime.owner_of(list(model.parameters())) is attachment
+
+
+def test_a_deep_copy_is_not_attached(phases: list[tuple[int, ...]]) -> None:
+    """An EMA copy has the hooks of the model."""
+    model = wan(layers=2)
+    attachment = fpscompile.attach(model)
+    attachment.step(9, 10)
+    ema = copy.deepcopy(model)
+    for part in (model, ema):
+        for block in part.blocks:
+            block.compile(backend="fps", options=OPTIONS | {"grid": (3, 6, 10)})
+    with torch.no_grad():
+        output(model, **wan_inputs())
+        assert set(phases) == {(2,)}
+        phases.clear()
+        output(ema, **wan_inputs())
+        assert set(phases) == {(0,)}, "nothing tells its step: the densest"
+        with fpscompile.attach(ema) as own:
+            own.step(5, 10)
+            phases.clear()
+            output(ema, **wan_inputs())
+            assert set(phases) == {(1,)}
+    assert runtime.current_call() is None
+    attachment.detach()

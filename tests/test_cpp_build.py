@@ -68,6 +68,33 @@ SOURCE = 'extern "C" __attribute__((visibility("default"))) int answer() { retur
 
 
 @needs_kernel
+@pytest.mark.parametrize("name", ["my cache", "it's", 'a "b"', "größe"])
+def test_any_name_of_a_cache_folder_will_do(name, tmp_path, monkeypatch, fresh_probe):
+    monkeypatch.setenv("FPS_CACHE_DIR", str(tmp_path / name))
+    assert cpp_build.load(SOURCE % 43).answer() == 43
+    assert {path.suffix for path in (tmp_path / name / "cpp").iterdir()} == {".so", ".cpp", ".lock"}
+
+
+@needs_kernel
+@pytest.mark.parametrize("where", ["write_atomically", "_file_lock"])
+def test_a_full_or_locked_folder_is_named(where, cold_caches, monkeypatch, fresh_probe):
+    def fails(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(cpp_build, where, fails)
+    with pytest.raises(UnsupportedError, match=r"no kernel can be built in .*No space left.*set FPS_CACHE_DIR"):
+        cpp_build.load(SOURCE % 44)
+
+
+@needs_kernel
+def test_a_temporary_folder_with_spaces_is_named(cold_caches, tmp_path, monkeypatch, fresh_probe):
+    (tmp_path / "my tmp").mkdir()
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "my tmp"))
+    with pytest.raises(UnsupportedError, match=r"my tmp.*has spaces or quotes: set TMPDIR"):
+        cpp_build.load(SOURCE % 45)
+
+
+@needs_kernel
 def test_cache(cold_caches, monkeypatch, fresh_probe):
     """Built once, found by name afterwards, in this process and in the next; other inputs give other names."""
     source = SOURCE % 42

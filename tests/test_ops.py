@@ -161,6 +161,20 @@ def test_autocast_is_that_of_sdpa(given, autocast):
     assert all(x.grad.dtype == given for x in args[:3])
 
 
+@pytest.mark.parametrize("lowering", ["boxes", "gather", "reference"])
+def test_a_backward_inside_autocast_is_that_outside(lowering):
+    """Autocast is for the operations of the model: gradients are of the dtypes that were saved."""
+    given = make_args(lowering=lowering)
+    grads = {}
+    for inside in (True, False):
+        with torch.autocast("cpu", torch.bfloat16):
+            out, _ = attention(*given)
+        with torch.autocast("cpu", torch.bfloat16) if inside else contextlib.nullcontext():
+            grads[inside] = torch.autograd.grad(out.float().square().sum(), given[:3])
+    for one, other in zip(grads[True], grads[False], strict=True):
+        assert torch.equal(one, other)
+
+
 @pytest.mark.parametrize(
     ("backend", "dynamic"),
     [
