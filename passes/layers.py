@@ -97,7 +97,8 @@ class VariantsOfCall:
         if block is None:
             raise OptionError(
                 "options['layers'] differ by layer, and this block belongs to no attached model: call "
-                "fpscompile.attach(model) and keep it attached"
+                "fpscompile.attach(model) and keep it attached. Blocks under FSDP2 have weights without names: leave "
+                "layers out"
             )
         name = f"{block[0]}.{block[1]}"
         if name not in self._known:
