@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-import numbers
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -35,6 +34,7 @@ from fpscompile.tuning import store
 from fpscompile.tuning.format import Contents
 from fpscompile.tuning.tuner import tuning_path
 from fpscompile.windows import AnyWindow, window_of
+from fpscompile.windows.checks import integer, located, real
 
 logger = logging.getLogger("fpscompile.calibration")
 
@@ -143,19 +143,17 @@ def _check(
     if max_error is None and target_density is None:
         raise OptionError("calibrate needs max_error=, target_density= or both")
     for name, value in (("max_error", max_error), ("target_density", target_density)):
-        if value is not None and not (_is_number(value) and 0.0 < value <= 1.0):
+        number = real(value)
+        if value is not None and (number is None or not 0.0 < number <= 1.0):
             raise OptionError(f"{name}={value!r} must be in (0, 1]")
-    if not (_is_number(held_out) and 0.0 <= held_out < 1.0):
+    share = real(held_out)
+    if share is None or not 0.0 <= share < 1.0:
         raise OptionError(f"held_out={held_out!r} must be in [0, 1): the share of samples that tell the error")
-    if not isinstance(rows_per_tile, int) or isinstance(rows_per_tile, bool) or rows_per_tile < 1:
+    if (integer(rows_per_tile) or 0) < 1:
         raise OptionError(f"rows_per_tile={rows_per_tile!r} must be an integer >= 1")
     if not isinstance(samples, Sequence) or isinstance(samples, (str, bytes)) or not samples:
         given = "an empty one" if isinstance(samples, Sequence) and not samples else f"a {type(samples).__name__}"
         raise OptionError(f"samples must be a non-empty list of calls, not {given}")
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, numbers.Real) and not isinstance(value, bool)
 
 
 def _extra(windows: Sequence[Any]) -> tuple[AnyWindow, ...]:
@@ -164,10 +162,8 @@ def _extra(windows: Sequence[Any]) -> tuple[AnyWindow, ...]:
         raise OptionError(f'windows={windows!r} must be a list of windows, such as ["topk"]')
     found = []
     for index, window in enumerate(windows):
-        try:
+        with located(f"windows[{index}] of calibrate"):
             found.append(window_of(window))
-        except OptionError as error:
-            raise type(error)(f"windows[{index}] of calibrate: {error}") from error
     return tuple(found)
 
 

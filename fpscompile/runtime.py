@@ -82,12 +82,12 @@ class Call:
 
 _CALL: contextvars.ContextVar[Call | None] = contextvars.ContextVar("fpscompile_call", default=None)
 
-# Parameter -> (publisher, name in its model), the last to own it at the end. Both sides weak: neither a model nor an
-# attachment is kept alive by the other.
-_OWNERS: WeakIdKeyDictionary = WeakIdKeyDictionary()
-_OWNERS_LOCK = threading.Lock()
 _PUBLISHERS: list[weakref.ref[Publisher]] = []
 """Those that own weights, in the order in which they were attached."""
+_PUBLISHERS_LOCK = threading.Lock()
+_OWNERS: WeakIdKeyDictionary = WeakIdKeyDictionary()
+"""Parameter -> its (publisher, name in its model) pairs, the last to be attached at the end. Both sides weak: neither a
+model nor an attachment is kept alive by the other. Made anew, never changed: readers take no lock."""
 _STRANGERS: WeakIdKeyDictionary = WeakIdKeyDictionary()
 """Parameters that nobody owned when all weights were last looked through."""
 
@@ -112,35 +112,27 @@ def current_call() -> Call | None:
 
 def own(publisher: Publisher) -> None:
     """Make ``publisher`` answer for calls that read its weights, until it disowns them."""
-    with _OWNERS_LOCK:
-        _PUBLISHERS[:] = [ref for ref in _PUBLISHERS if ref() is not None] + [weakref.ref(publisher)]
-        _own(publisher)
+    with _PUBLISHERS_LOCK:
+        _PUBLISHERS.append(weakref.ref(publisher))
+        _look_through()
 
 
 def disown(publisher: Publisher) -> None:
-    with _OWNERS_LOCK:
+    with _PUBLISHERS_LOCK:
         _PUBLISHERS[:] = [ref for ref in _PUBLISHERS if ref() not in (publisher, None)]
-        _drop(publisher)
+        _look_through()
     recompute.forget(publisher)
 
 
-def _own(publisher: Publisher) -> None:
-    for name, parameter in publisher.weights():
-        _OWNERS[parameter] = (*_owners_but(parameter, publisher), (weakref.ref(publisher), name))
-
-
-def _drop(publisher: Publisher) -> None:
-    for parameter in list(_OWNERS):
-        rest = _owners_but(parameter, publisher)
-        if rest:
-            _OWNERS[parameter] = rest
-        else:
-            del _OWNERS[parameter]
-
-
-def _owners_but(parameter: torch.Tensor, publisher: Publisher) -> tuple[tuple[weakref.ref[Publisher], str], ...]:
-    """Who owns a weight besides ``publisher``, without those that are gone."""
-    return tuple(owned for owned in _OWNERS.get(parameter, ()) if owned[0]() not in (publisher, None))
+def _look_through() -> None:
+    """Find out anew who owns which weights."""
+    global _OWNERS
+    owners: WeakIdKeyDictionary = WeakIdKeyDictionary()
+    for ref in _PUBLISHERS:
+        publisher = ref()
+        for name, parameter in publisher.weights() if publisher is not None else ():
+            owners[parameter] = (*owners.get(parameter, ()), (ref, name))
+    _OWNERS = owners
 
 
 def owner_of(arguments: Sequence[Any]) -> Publisher | None:
@@ -154,10 +146,8 @@ def owner_of(arguments: Sequence[Any]) -> Publisher | None:
     found = _owner_among(arguments)
     first = next((x for x in arguments if isinstance(x, torch.nn.Parameter)), None) if found is None else None
     if first is not None and first not in _STRANGERS:
-        with _OWNERS_LOCK:
-            for publisher in [publisher for ref in _PUBLISHERS if (publisher := ref()) is not None]:
-                _drop(publisher)
-                _own(publisher)
+        with _PUBLISHERS_LOCK:
+            _look_through()
         found = _owner_among(arguments)
         if found is None:
             _STRANGERS[first] = True
@@ -190,8 +180,7 @@ def weight_names(arguments: Sequence[Any]) -> Iterator[str]:
 
 def all_weight_names(publisher: Publisher) -> list[str]:
     """Names of all weights that a publisher owns."""
-    with _OWNERS_LOCK:
-        return [name for owners in _OWNERS.values() for ref, name in owners if ref() is publisher]
+    return [name for owners in _OWNERS.values() for ref, name in owners if ref() is publisher]
 
 
 def meet(arguments: Sequence[Any], attention: bool) -> None:

@@ -318,9 +318,10 @@ def main() -> None:
             case = CASES[name]
             if options.fitting:
                 case = dataclasses.replace(case, tiles=case.tiles[-1:])
-            pairs = wanted(name, case, options.densities, options.more)
             if options.tile:
                 pairs = [(tuple(options.tile), density) for density in options.densities]
+            else:
+                pairs = wanted(name, case, options.densities, options.more)
             if not pairs:
                 continue
             found = rows_of(

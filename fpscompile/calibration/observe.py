@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import fx, nn
 
-from fpscompile.attach import attach
+from fpscompile.attach import _denoisers, attach
 from fpscompile.backend import Backend
 from fpscompile.capture import captured, original
 from fpscompile.errors import OptionError
@@ -99,13 +99,13 @@ def observed(pipe_or_model: Any, settings: Settings, look: Look, denoiser: str |
 
         yield Runner(type(original(pipe_or_model)).__name__, "", run, backend)
         return
-    name, module, alone = _denoiser(pipe_or_model, denoiser)
+    name, module = _denoiser(pipe_or_model, denoiser)
     with _compiled(module, backend), attach(pipe_or_model):
 
         def call(sample: Any) -> None:
             pipe_or_model(**sample) if isinstance(sample, Mapping) else pipe_or_model(sample)
 
-        yield Runner(type(module).__name__, "" if alone else name, call, backend)
+        yield Runner(type(module).__name__, name, call, backend)
 
 
 def _only_schedule(schedule: Schedule) -> dict[str, Any]:
@@ -113,10 +113,8 @@ def _only_schedule(schedule: Schedule) -> dict[str, Any]:
     return {"window": None, "density": None, "schedule": schedule, "heads": (), "layers": (), "granularity": None}
 
 
-def _denoiser(pipe: Any, wanted: str | None) -> tuple[str, nn.Module, bool]:
-    """(name, module, whether there is no other) of a pipeline's denoiser."""
-    from fpscompile.attach import _denoisers
-
+def _denoiser(pipe: Any, wanted: str | None) -> tuple[str, nn.Module]:
+    """(name, module) of a pipeline's denoiser; "" where it has no other."""
     found = _denoisers(pipe)
     if not found:
         raise OptionError(
@@ -132,7 +130,7 @@ def _denoiser(pipe: Any, wanted: str | None) -> tuple[str, nn.Module, bool]:
     if wanted is not None and wanted not in found:
         raise OptionError(f"denoiser={wanted!r} is not in {type(pipe).__name__}, which has {names}")
     name = next(iter(found)) if wanted is None else wanted
-    return name, original(found[name]), len(found) == 1
+    return name if len(found) > 1 else "", original(found[name])
 
 
 @contextlib.contextmanager

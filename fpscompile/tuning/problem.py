@@ -190,8 +190,10 @@ class Problem:
         run = self.runner(candidate, tensors)
 
         def once() -> float:
-            times = (clock.seconds(functools.partial(run, phase), self.device) for phase in self.distinct)
-            return sum(share * taken for share, taken in zip(self.distinct.values(), times, strict=True))
+            return sum(
+                share * clock.seconds(functools.partial(run, phase), self.device)
+                for phase, share in self.distinct.items()
+            )
 
         return once
 
