@@ -193,10 +193,11 @@ def rows_there(options: argparse.Namespace) -> list[dict[str, Any]]:
 
 
 def write(options: argparse.Namespace, rows: list[dict[str, Any]], there: list[dict[str, Any]]) -> None:
-    """``rows``, and those of ``there`` that are of other models and sizes."""
+    """``rows``, and those of ``there`` that are of other models and sizes; by model and size."""
     if options.json:
         cases = {(row["model"], row["size"]) for row in rows}
         rows = [row for row in there if (row["model"], row["size"]) not in cases] + rows
+        rows.sort(key=lambda row: (list(MODELS).index(row["model"]), list(SIZES).index(row["size"])))
         machine = {"gpu": torch.cuda.get_device_name(), "torch": torch.__version__, "triton": triton.__version__}
         report = {"benchmark": "model_gpu", "machine": machine, "options": vars(options), "rows": rows}
         Path(options.json).write_text(json.dumps(report, indent=1))

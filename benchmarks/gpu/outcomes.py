@@ -249,7 +249,7 @@ def sizes(report: dict[str, Any]) -> str:
     ]
     return (
         f"A step as one CUDA graph gives the same values to the bit, and takes less time by: {saved}. Every compiled "
-        f"step ran one graph of a block, compiled once. Peaks above Inductor's: {', '.join(above)}."
+        f"step ran one graph of a block, compiled once. Peaks above Inductor's: {', '.join(above) or 'none'}."
     )
 
 
