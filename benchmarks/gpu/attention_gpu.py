@@ -1,7 +1,7 @@
 """The attention kernels on one GPU against every dense bf16 SDPA backend, FlexAttention and our own bf16 form.
 
-    python benchmarks/gpu/attention_gpu.py [--cases NAME ...] [--fitting | --tile T H W] [--more] [--flex]
-        [--rounds N] [--json PATH]
+    python benchmarks/gpu/attention_gpu.py [--cases NAME ...] [--fitting | --tile T H W] [--more | --whole] [--flex]
+        [--quants fp8 none] [--rounds N] [--json PATH]
 
 Every kernel is timed as a CUDA graph, on random data, by CUDA events: small cases would else measure how fast Python
 launches. Interleaved: every round times every kernel of a case for about as long, so that all meet the card equally
@@ -77,10 +77,10 @@ FLEX = {"FlexAttention bf16": None, "FlexAttention bf16, autotuned": "max-autotu
 """FlexAttention by the mode that it is compiled in. It is compiled, and tuned, once per case: masks are operands."""
 
 
-def wanted(name: str, case: Case, densities: Collection[float], more: bool) -> list[tuple[Grid, float]]:
-    """(tile, density) of a case's rows; with ``more``, those of other cases that are left out without."""
+def wanted(name: str, case: Case, densities: Collection[float], more: bool, whole: bool) -> list[tuple[Grid, float]]:
+    """(tile, density) of a case's rows: ``whole``, all; ``more``, those that are left out with neither."""
     pairs = itertools.product(case.tiles, densities)
-    if name == DETAILED:
+    if whole or name == DETAILED:
         return [] if more else list(pairs)
     return [(tile, density) for tile, density in pairs if (tile in LEFT_OUT or density in SELDOM) == more]
 
@@ -218,8 +218,6 @@ def ours(
     phase = torch.zeros(1, dtype=torch.int32, device="cuda")
     scale = case.dim**-0.5
     for (tile, density), quant in itertools.product(pairs, quants):
-        if quant == "none" and density not in (1.0, 0.2):
-            continue
         plan = Plan(tile=tile, phases=(PhasePlan(density=density),), clamp=True, quant=quant, lowering="triton")
         resolved = resolve(plan, case.grid, case.length, case.length)
         spec = spec_of(q, k, v, None, resolved)
@@ -297,9 +295,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cases", nargs="+", default=list(CASES))
     parser.add_argument("--densities", nargs="+", type=float, default=list(DENSITIES))
-    parser.add_argument("--fitting", action="store_true", help="only the tile that fits the grid")
-    parser.add_argument("--tile", nargs=3, type=int, help="only this one, at every density")
-    parser.add_argument("--more", action="store_true", help="only what is left out without: see LEFT_OUT, SELDOM")
+    tiles, rows_made = parser.add_mutually_exclusive_group(), parser.add_mutually_exclusive_group()
+    tiles.add_argument("--fitting", action="store_true", help="only the tile that fits the grid")
+    tiles.add_argument("--tile", nargs=3, type=int, help="only this one, at every density")
+    rows_made.add_argument("--more", action="store_true", help="only what is left out without: see LEFT_OUT, SELDOM")
+    rows_made.add_argument("--whole", action="store_true", help="every tile at every density")
     parser.add_argument("--flex", action="store_true", help="also FlexAttention, with 4x8x8 tiles")
     parser.add_argument("--rounds", type=int, default=3, help="times that each kernel of a case gets its turn")
     parser.add_argument("--quants", nargs="+", choices=("fp8", "none"), default=("fp8", "none"))
@@ -319,7 +319,7 @@ def main() -> None:
             if options.tile:
                 pairs = [(tuple(options.tile), density) for density in options.densities]
             else:
-                pairs = wanted(name, case, options.densities, options.more)
+                pairs = wanted(name, case, options.densities, options.more, options.whole)
             if not pairs:
                 continue
             found = rows_of(

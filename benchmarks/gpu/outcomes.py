@@ -121,9 +121,9 @@ def tuned_table(report: dict[str, Any]) -> str:
     )  # fmt: skip
 
 
-def beside(rows: list[dict[str, Any]], predicted: list[dict[str, Any]]) -> tuple[str, float]:
+def beside(rows: list[dict[str, Any]], predicted: list[dict[str, Any]]) -> tuple[str, str]:
     """(table, rank correlation) of the rows that were both predicted and measured."""
-    lines, pairs = [], []
+    lines, pairs, operands = [], [], []
     for row in rows:
         if row["case"] != CASE or not row.get("tile") or "failed" in row:
             continue
@@ -140,9 +140,15 @@ def beside(rows: list[dict[str, Any]], predicted: list[dict[str, Any]]) -> tuple
             continue
         pairs.append((item["tflops_on_kept_pairs"], row["kept_tflops"]))
         speeds = f"{pairs[-1][0]:.0f}", f"{pairs[-1][1]:.0f}", f"{pairs[-1][1] / pairs[-1][0]:.2f}"
-        lines.append((text_of(row["tile"]), "FP8" if quant == "fp8" else "bf16", f"{row['density']:.3f}", *speeds))
+        operands.append("FP8" if quant == "fp8" else "bf16")
+        lines.append((text_of(row["tile"]), operands[-1], f"{row['density']:.3f}", *speeds))
     table = markdown(("tile", "operands", "density", "predicted TFLOP/s", "measured", "ratio"), lines)
-    return table, spearman([a for a, _ in pairs], [b for _, b in pairs])
+
+    def of(chosen: str) -> str:
+        rows = [pair for pair, what in zip(pairs, operands, strict=True) if what in chosen]
+        return f"{spearman(*map(list, zip(*rows, strict=True))):.2f}"
+
+    return table, f"{of('FP8 bf16')} (FP8 alone {of('FP8')}, bf16 alone {of('bf16')})"
 
 
 def step_table(profile: dict[str, Any]) -> str:
@@ -284,21 +290,17 @@ def memory(model: dict[str, Any], profile: dict[str, Any]) -> str:
 
 def page() -> str:
     """The page: the text of ``outcomes.md.jinja`` around the tables."""
-    report, earlier, predictions = load("attention_gpu"), load("attention_gpu_earlier"), load("gpu_predictions")
-    more = load("attention_gpu_more")
-    # Compiled for any shape there, from the second case on: not what "Beside FlexAttention" compares with.
-    more["rows"] = [row for row in more["rows"] if "Flex" not in row["kernel"]]
-    others = [row for row in earlier["rows"] if row["kernel"].startswith("fps none")]
-    again = [row for row in earlier["rows"] if row["case"] == CASE and row.get("tile") == [7, 9, 4]]
-    predicted, rank = beside(report["rows"] + others, predictions["predictions"])
+    report, more, plain = load("attention_gpu"), load("attention_gpu_more"), load("attention_gpu_bf16")
+    # The rest have tables of their own; FlexAttention was compiled for any shape there, from the second case on.
+    more["rows"] = [row for row in more["rows"] if "fps fp8" in row["kernel"] or "tile" not in row]
+    predicted, rank = beside(report["rows"] + plain["rows"], load("gpu_predictions")["predictions"])
     functions = (measured_table, step_table, product_table, bound, model_table, memory, two_gpus, sizes_table, sizes,
                  means, load, usual_tile, flex_table, tuned_table)  # fmt: skip
     environment = jinja2.Environment(undefined=jinja2.StrictUndefined, keep_trailing_newline=True)
     environment.globals.update({function.__name__: function for function in functions})
     return environment.from_string(TEXT.read_text()).render(
-        report=report, machine=report["machine"], peaks=report["ceilings"], earlier=earlier, predicted=predicted,
-        earlier_rows=earlier | {"rows": again + [row for row in others if row not in again]}, rank=rank,
-        more=more, flex=load("attention_gpu_flex"),
+        report=report, machine=report["machine"], peaks=report["ceilings"], predicted=predicted, rank=rank,
+        more=more, plain=plain, flex=load("attention_gpu_flex"),
         profile=load("profile_model"), model=load("model_gpu"), tokens=f"{TOKENS:,}",
     )  # fmt: skip
 

@@ -1,4 +1,4 @@
-"""How fast a compiled kernel should be on H100 and H200: a static model of its main loop. Nothing is measured.
+"""How fast a compiled kernel should be on H100 and H200: a static model of its main loop.
 
 One *step* is one pass of the main loop by one warpgroup (four warps): a block of keys against the warpgroup's rows. Its
 instructions are counted in the binary, and each unit of a multiprocessor (SM) gets the cycles that they occupy it:
@@ -15,7 +15,8 @@ plain kernel a warpgroup waits for each product; the Hopper kernel has a product
 as two customers. Mean-value analysis of this closed network (two stations, exponential service; Reiser and Lavenberg,
 "Mean-Value Analysis of Closed Multichain Queuing Networks", 1980) gives the cycles per step. What such a model leaves
 out (latencies, barriers, bank conflicts, clocks under load) is one factor, :data:`EFFICIENCY`, set between two
-published figures. No step is faster than shared memory or the level-2 cache can feed it.
+published figures. No step is faster than shared memory or the level-2 cache can feed it. Nothing is measured here; of
+these kernels' measured times the model knows one figure, :data:`START_CYCLES`.
 """
 
 from __future__ import annotations
@@ -35,6 +36,11 @@ EFFICIENCY = 0.57
 """Achieved over modelled speed. FlashAttention-3's FP8 forward (d = 128, 16k tokens, about 1008 TFLOP/s on an H100,
 arXiv 2407.08608) is 0.65 of what this model, without the factor, gives the Hopper kernel; Triton's FP8 attention of
 2024 (about 635 TFLOP/s) 0.49 of what it gives the plain one."""
+
+START_CYCLES = 9000
+"""Of a program, beside its steps: until its first product, and after its last. From the times of the FP8 kernel on an
+H200 with tile 7x9x4 at densities 1.0 and 0.05 (``benchmarks/results/attention_gpu.json``). The other tiles' times there
+give 7600 to 10100."""
 
 
 @dataclass(frozen=True)
@@ -235,16 +241,17 @@ class Problem:
 def seconds(prediction: Prediction, spec: KernelSpec, problem: Problem, gpu: Gpu = H100) -> tuple[float, float]:
     """(attention kernel, FP8 pre-pass): seconds.
 
-    The kernel: steps at the predicted rate, plus the share of a last round of programs that leaves SMs idle. The
-    pre-pass reads q, k and v in two bytes and writes them in one, at 80 % of the memory's peak; K and V are read twice,
-    once for their statistics.
+    The kernel: steps at the predicted rate and what programs take beside them, which others on the same SM fill, plus
+    the share of a last round of programs that leaves SMs idle. The pre-pass reads q, k and v in two bytes and writes
+    them in one, at 80 % of the memory's peak; K and V are read twice, once for their statistics.
     """
     groups = prediction.warpgroups_per_sm // prediction.programs_per_sm
     per_sm_step = prediction.cycles_per_step / gpu.clock_hz
     slots = gpu.multiprocessors * prediction.programs_per_sm
     rounds = problem.programs / slots
     tail = math.ceil(rounds) / rounds
-    kernel = problem.steps * groups * per_sm_step / gpu.multiprocessors * tail
+    starts = problem.programs * START_CYCLES / prediction.programs_per_sm / gpu.clock_hz
+    kernel = (problem.steps * groups * per_sm_step + starts) / gpu.multiprocessors * tail
     if spec.quant != "fp8":
         return kernel, 0.0
     elements = problem.batch * problem.heads * problem.tokens
