@@ -85,6 +85,7 @@ bench: $(READY)
 	$(BIN)/python benchmarks/training_cpu.py
 	$(BIN)/python benchmarks/compile_time.py
 	$(BIN)/python benchmarks/readme_figures.py
+	$(BIN)/python benchmarks/speed_picture.py
 
 clean:
 	rm -rf .venv .venv-torch211 $(TRITON36) build dist out *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis

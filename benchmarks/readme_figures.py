@@ -1,4 +1,4 @@
-"""Fill the block of figures in README.md from the JSON files that the benchmarks left in ``benchmarks/results``.
+"""Figures from the JSON files in ``benchmarks/results``: all of them in docs/figures.md, a few in README.md.
 
 python benchmarks/readme_figures.py [--check]
 """
@@ -14,6 +14,8 @@ from statistics import geometric_mean as geomean
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "benchmarks" / "results"
+README, PAGE = ROOT / "README.md", ROOT / "docs" / "figures.md"
 START, END = "<!-- figures:start -->", "<!-- figures:end -->"
 
 Row = tuple[str, str, str]
@@ -348,29 +350,57 @@ BY_HAND = {
 """Files of ``attention_cpu.py`` that no line of ``make bench`` writes: their precisions and further options."""
 
 
-def block(results: Path) -> str:
-    """The generated Markdown, without its markers: a table for each machine."""
-    cpu = "on a CPU", SECTIONS, ("threads", "processor", "cpu_capability"), _on_cpu
+HEADLINES = {
+    "attention_gpu": (
+        "Wan 14B 720p, density 0.20", "Wan 14B 720p, density 0.09", "HunyuanVideo 720p, density 0.20",
+        "CogVideoX, density 0.18",
+    ),
+    "attention_gpu_flex": ("Wan 14B 720p",),
+    "model_gpu": ("density 0.2, fps, against", "density 0.2, fps, static", "density 0.09, fps, static"),
+    "model_two_gpus": ("density 0.2, fps, static",),
+    "attention_cpu_cpp": ("float32 against dense float32 SDPA, density 0.25", "bfloat16 SDPA, density 0.25"),
+    "attention_cpu_flex": ("FlexAttention",),
+    "model_cpu": ("Wan transformer", "the same at density 1"),
+    "compile_time": ("share of Inductor",),
+}  # fmt: skip
+"""By file, a part of what the rows that README.md shows say."""
+
+
+def block(results: Path, headlines: bool = False) -> str:
+    """The generated Markdown, without its markers: a table for each machine; with ``headlines`` only those rows."""
     gpu = "on a GPU", GPU_SECTIONS, ("gpu", "torch", "triton"), _on_gpu
-    tables = [table for place in (cpu, gpu) for table in _tables(results, *place)]
+    cpu = "on a CPU", SECTIONS, ("threads", "processor", "cpu_capability"), _on_cpu
+    tables = [table for place in (gpu, cpu) for table in _tables(results, *place, headlines)]
     return "\n\n".join(tables) or "No benchmark has been run yet: `make bench`."
 
 
+def _rows(name: str, section: Callable[[dict[str, Any]], list[Row]], report: dict[str, Any], some: bool) -> list[Row]:
+    """Rows of a file, or ``some`` of them: its headlines."""
+    rows = section(report)
+    return [row for row in rows if any(part in row[0] for part in HEADLINES.get(name, ()))] if some else rows
+
+
 def _tables(
-    results: Path, where: str, sections: dict[str, Any], machine: tuple[str, ...], origin: Callable[[Reports], str]
-) -> list[str]:
+    results: Path, where: str, sections: dict[str, Any], machine: tuple[str, ...], origin: Callable[[Reports], str],
+    headlines: bool,
+) -> list[str]:  # fmt: skip
     machines: dict[tuple[Any, ...], Reports] = {}
     for name in sections:
         path = results / f"{name}.json"
         if path.exists():
             report = json.loads(path.read_text())
-            machines.setdefault(tuple(report["machine"][key] for key in machine), {})[name] = report
+            if _rows(name, sections[name], report, headlines):
+                machines.setdefault(tuple(report["machine"][key] for key in machine), {})[name] = report
     return [
         "\n".join(
             [
                 f"| {where} | measured | aim |",
                 "|---|---|---|",
-                *(f"| {' | '.join(row)} |" for name, report in reports.items() for row in sections[name](report)),
+                *(
+                    f"| {' | '.join(row)} |"
+                    for name, report in reports.items()
+                    for row in _rows(name, sections[name], report, headlines)
+                ),
                 "",
                 origin(reports),
             ]
@@ -414,16 +444,24 @@ def fill(text: str, content: str) -> str:
     return f"{head}{START}\n{content}\n{END}{rest.split(END)[1]}"
 
 
+def page(results: Path) -> str:
+    """docs/figures.md."""
+    return (
+        "# Figures\n\nEvery figure that the scripts of `benchmarks` left in `benchmarks/results`, a table for each "
+        "machine;\n`benchmarks/readme_figures.py` makes this page. What GPUs were measured in further detail is in\n"
+        f"[performance_measured.md](performance_measured.md).\n\n{block(results)}\n"
+    )
+
+
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", 1)[0])
-    parser.add_argument("--check", action="store_true", help="change nothing; fail when README.md is out of date")
+    parser.add_argument("--check", action="store_true", help="change nothing; fail when a page is out of date")
     args = parser.parse_args(argv)
-    readme = ROOT / "README.md"
-    old = readme.read_text()
-    new = fill(old, block(ROOT / "benchmarks" / "results"))
+    pages = {README: fill(README.read_text(), block(RESULTS, headlines=True)), PAGE: page(RESULTS)}
     if args.check:
-        return int(old != new)
-    readme.write_text(new)
+        return int(any(not path.exists() or path.read_text() != text for path, text in pages.items()))
+    for path, text in pages.items():
+        path.write_text(text)
     return 0
 
 

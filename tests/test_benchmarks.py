@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import subprocess
 import sys
@@ -110,9 +111,30 @@ def test_tuning_as_on_a_gpu(tmp_path: Path) -> None:
     assert len(row["tried"]) > 1
 
 
-def test_readme_block_is_up_to_date(figures: ModuleType) -> None:
-    """README.md shows what benchmarks/results holds."""
+def test_pages_of_figures_are_up_to_date(figures: ModuleType) -> None:
+    """README.md and docs/figures.md show what benchmarks/results holds."""
     assert figures.main(["--check"]) == 0
+
+
+def test_every_headline_is_a_figure(figures: ModuleType) -> None:
+    """A row that is called something else must not vanish from README.md."""
+    sections = figures.SECTIONS | figures.GPU_SECTIONS
+    for name, parts in figures.HEADLINES.items():
+        rows = sections[name](json.loads((ROOT / "benchmarks" / "results" / f"{name}.json").read_text()))
+        for part in parts:
+            assert any(part in what for what, _, _ in rows), (name, part)
+
+
+def test_the_picture_has_every_case(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    picture = scripts.load("benchmarks/speed_picture.py")
+    picture.draw(tmp_path / "speed.svg")
+    drawn, stored = ((folder / "speed.svg").read_text() for folder in (tmp_path, ROOT / "docs"))
+    speed = picture.speedups()
+    for case, (variant, density, _) in itertools.product(picture.CASES, picture.BARS):
+        text = f">{speed[*case, variant, density]:.2f}x<"
+        assert text in drawn
+        assert text in stored
 
 
 def test_measured_page_is_up_to_date(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
