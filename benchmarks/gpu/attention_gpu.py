@@ -24,7 +24,7 @@ import sys
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import triton
@@ -77,12 +77,16 @@ FLEX = {"FlexAttention bf16": None, "FlexAttention bf16, autotuned": "max-autotu
 """FlexAttention by the mode that it is compiled in. It is compiled, and tuned, once per case: masks are operands."""
 
 
-def wanted(name: str, case: Case, densities: Collection[float], more: bool, whole: bool) -> list[tuple[Grid, float]]:
-    """(tile, density) of a case's rows: ``whole``, all; ``more``, those that are left out with neither."""
-    pairs = itertools.product(case.tiles, densities)
-    if whole or name == DETAILED:
-        return [] if more else list(pairs)
-    return [(tile, density) for tile, density in pairs if (tile in LEFT_OUT or density in SELDOM) == more]
+def wanted(
+    name: str, case: Case, densities: Collection[float], which: Literal["usual", "more", "whole"]
+) -> list[tuple[Grid, float]]:
+    """(tile, density) of a case's rows: the usual ones, those that these leave out, or all."""
+    whole = list(itertools.product(case.tiles, densities))
+    if name == DETAILED:
+        seldom = []
+    else:
+        seldom = [(tile, density) for tile, density in whole if tile in LEFT_OUT or density in SELDOM]
+    return {"usual": [pair for pair in whole if pair not in seldom], "more": seldom, "whole": whole}[which]
 
 
 def time_ms(call: Callable[[], object], budget_ms: int = 400) -> float:
@@ -298,8 +302,10 @@ def main() -> None:
     tiles, rows_made = parser.add_mutually_exclusive_group(), parser.add_mutually_exclusive_group()
     tiles.add_argument("--fitting", action="store_true", help="only the tile that fits the grid")
     tiles.add_argument("--tile", nargs=3, type=int, help="only this one, at every density")
-    rows_made.add_argument("--more", action="store_true", help="only what is left out without: see LEFT_OUT, SELDOM")
-    rows_made.add_argument("--whole", action="store_true", help="every tile at every density")
+    rows_made.add_argument("--more", action="store_const", dest="which", const="more", default="usual",
+                           help="only what is left out without: see LEFT_OUT, SELDOM")  # fmt: skip
+    rows_made.add_argument("--whole", action="store_const", dest="which", const="whole",
+                           help="every tile at every density")  # fmt: skip
     parser.add_argument("--flex", action="store_true", help="also FlexAttention, with 4x8x8 tiles")
     parser.add_argument("--rounds", type=int, default=3, help="times that each kernel of a case gets its turn")
     parser.add_argument("--quants", nargs="+", choices=("fp8", "none"), default=("fp8", "none"))
@@ -319,7 +325,7 @@ def main() -> None:
             if options.tile:
                 pairs = [(tuple(options.tile), density) for density in options.densities]
             else:
-                pairs = wanted(name, case, options.densities, options.more, options.whole)
+                pairs = wanted(name, case, options.densities, options.which)
             if not pairs:
                 continue
             found = rows_of(

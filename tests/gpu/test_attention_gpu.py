@@ -25,11 +25,11 @@ def table() -> ModuleType:
 
 def test_more_is_what_the_table_leaves_out(table: ModuleType) -> None:
     for name, case in table.CASES.items():
-        usual, more = (table.wanted(name, case, table.DENSITIES, which) for which in (False, True))
-        pairs = [(tile, density) for tile in case.tiles for density in table.DENSITIES]
-        assert sorted(usual + more) == sorted(pairs)
+        usual, more, whole = (table.wanted(name, case, table.DENSITIES, w) for w in ("usual", "more", "whole"))
+        assert sorted(usual + more) == sorted(whole)
+        assert whole == [(tile, density) for tile in case.tiles for density in table.DENSITIES]
     detailed = table.CASES[table.DETAILED]
-    assert table.wanted(table.DETAILED, detailed, table.DENSITIES, True) == []
+    assert table.wanted(table.DETAILED, detailed, table.DENSITIES, "more") == []
 
 
 def test_a_graph_keeps_the_operands_of_its_call(table: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
