@@ -22,9 +22,10 @@ def visible_keys(key_mask: torch.Tensor | None, batch: int, key_heads: int, head
     return visible.unflatten(1, (key_heads, heads // key_heads)).any(2)
 
 
-def additive(key_mask: torch.Tensor) -> torch.Tensor:
-    """The mask as contiguous float32 of its shape: -inf for hidden keys, :data:`LOWEST` or more for others."""
+def additive(key_mask: torch.Tensor, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    """The mask as contiguous ``dtype`` of its shape: -inf for hidden keys, :data:`LOWEST` or more for others."""
     if key_mask.dtype == torch.bool:
-        return torch.zeros(key_mask.shape, device=key_mask.device).masked_fill_(~key_mask, float("-inf"))
-    bias = key_mask.to(torch.float32)
+        hidden = float("-inf")
+        return torch.zeros(key_mask.shape, dtype=dtype, device=key_mask.device).masked_fill_(~key_mask, hidden)
+    bias = key_mask.to(dtype)
     return torch.where(bias == float("-inf"), bias, bias.clamp(min=LOWEST)).contiguous()

@@ -264,8 +264,11 @@ def _finite(maximum: torch.Tensor) -> torch.Tensor:
 
 
 def _straight_through(exact: torch.Tensor, rounded: torch.Tensor) -> torch.Tensor:
-    """``rounded`` in value, ``exact`` to autograd. ``exact - exact`` is zero to the last bit."""
-    return rounded.detach() + (exact - exact.detach())
+    """``rounded`` in value, ``exact`` to autograd. ``exact - exact`` is zero to the last bit.
+
+    But for NaN and infinities, which hidden keys may hold: ``rounded`` has zeros there.
+    """
+    return rounded.detach() + (exact - exact.detach()).masked_fill(~exact.isfinite(), 0.0)
 
 
 def _of(key_mask: torch.Tensor | None, b: int) -> torch.Tensor | None:

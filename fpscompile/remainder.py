@@ -222,7 +222,7 @@ class TileKeys:
         if key_mask is None:
             keys, values = (tile_means(x, layout).to(x.dtype) for x in (k, v))
             return cls(keys, values, sizes.log()[None, None], (1 / sizes)[tile_of][None, None, :, None])
-        bias = additive(key_mask)[:, :, 0].to(wide)
+        bias = additive(key_mask, wide)[:, :, 0]
         top = bias.amax(-1, keepdim=True).nan_to_num(neginf=0.0)
         count = (bias - top).exp()
         if count.shape[1] > 1:

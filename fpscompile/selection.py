@@ -124,7 +124,9 @@ def tile_means(x: torch.Tensor, layout: TileLayout, weights: torch.Tensor | None
     if weights is None:
         return _tile_sums(x, layout) / tile_sizes(layout, x.device)[:, None]
     total = _tile_sums(weights[..., None], layout)
-    sums = _tile_sums(x * weights[..., None].to(x.dtype), layout)
+    # What weighs nothing may be anything, NaN too.
+    weighed = (x * weights[..., None].to(x.dtype)).masked_fill(weights[..., None] == 0, 0.0)
+    sums = _tile_sums(weighed, layout)
     return sums / total.masked_fill(total == 0, 1.0)
 
 

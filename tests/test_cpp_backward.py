@@ -13,9 +13,8 @@ from fpscompile.lowerings import cpp
 from fpscompile.masks import BlockMask
 from fpscompile.plan import ResolvedPlan
 
-TOLERANCE = {"none": 1e-5, "fp8": 5e-3, "int8": 1.5e-2}
-"""Norm of the difference over norm of the expected gradient, float32 inputs; each of dq, dk and dv. int8: the forward's
-output, which enters through rowsum(dO * O), carries P's rounding."""
+TOLERANCE = {"none": 1e-5, "fp8": 5e-3, "int8": 2e-3}
+"""Norm of the difference over norm of the expected gradient, float32 inputs; each of dq, dk and dv."""
 
 BFLOAT16 = 3e-2
 """The same for bfloat16 inputs, whose output and gradients are rounded to 8 bits."""
@@ -130,6 +129,31 @@ def test_threads_change_nothing():
     finally:
         torch.set_num_threads(threads)
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+@needs_kernel
+@pytest.mark.parametrize("quant", ["none", "int8", "fp8"])
+def test_what_all_keys_have_in_common(quant):
+    """dS is then small beside dP and rowsum(P * dP): what either is off by would be most of dQ."""
+    resolved = make_resolved(WINDOW, quant=quant, smooth_k=False)
+    q, k, v = make_inputs(resolved)
+    check_gradients(resolved, [q, k + 4, v], scale=0.1)
+
+
+@needs_kernel
+@pytest.mark.parametrize("quant", ["none", "int8"])
+def test_rows_that_a_finite_mask_hides_have_bounded_gradients(quant):
+    """-1e9 leaves no room for the scores in float32; the weights of such a row are then near 1, not exp(scores)."""
+    resolved = make_resolved(FULL, quant=quant)
+    q, k, v = make_inputs(resolved)
+    q = 8 * q
+    mask = torch.full((1, 1, 1, resolved.k_layout.length), -1e9)
+    common = {"key_mask": mask, "phases": (0, 0), "resolved": resolved, "scale": 0.2}
+    out, lse = cpp.forward(q, k, v, **common)
+    grad = torch.randn_like(out)
+    _, _, dv = cpp.backward(grad, q, k, v, out, lse, **common)
+    # Each key then has about the whole gradient of each row, where eager gives it one of as many as there are keys.
+    assert dv.norm() <= 2 * grad.sum(2, keepdim=True).expand_as(grad).norm()
 
 
 @needs_kernel

@@ -34,6 +34,14 @@ def case(grid, tile, window, *, text=(0, 0), dtype=torch.float64, heads=(2, 2), 
     return q, k + torch.randn(1, heads[1], 1, dim, generator=generator, dtype=dtype), v, resolved
 
 
+def test_a_mask_in_double_precision_stays_so():
+    q, k, v, resolved = case((2, 4, 6), (2, 2, 2), (1, 1, 2))
+    mask = torch.randn(1, 1, 1, k.shape[2], dtype=torch.float64)
+    out, _ = run(q, k, v, resolved, mask)[:2]
+    wanted, _ = expected(q, k, v, resolved, mask)[:2]
+    assert (out - wanted).norm() <= 1e-12 * wanted.norm()
+
+
 def run(q, k, v, resolved, key_mask=None, grad=None, scale=0.3):
     """(out, lse[, gradients]) of the plan's lowering."""
     lowering = lowerings.get(resolved.plan.lowering)

@@ -94,11 +94,14 @@ def test_the_best_tiles_are_chosen(grid, tile, count, before, seed) -> None:
     hidden = torch.rand(length, generator=generator) < 0.3
     expected = brute(q, k, grid, tile, (before, before), count)
     assert torch.equal(chosen(selection.select(q, k, phase=[0], resolved=resolved), resolved), expected)
+    k[:, :, hidden] = torch.nan
     for keep in (~hidden, torch.where(hidden, -torch.inf, 0.25)):
         seen = selection.select(q, k, phase=[0], resolved=resolved, key_mask=keep.view(1, 1, 1, -1))
         assert torch.equal(chosen(seen, resolved), brute(q, k, grid, tile, (before, before), count, hidden=hidden))
+    k.nan_to_num_()
+    expected_sign = brute(q, k, grid, tile, (before, before), count, sign=-1)
     seen = selection.select(q, k, phase=[0], resolved=resolved, scale=-2.0)
-    assert torch.equal(chosen(seen, resolved), brute(q, k, grid, tile, (before, before), count, sign=-1))
+    assert torch.equal(chosen(seen, resolved), expected_sign)
 
 
 def test_tile_means_of_any_dtype() -> None:
@@ -228,6 +231,27 @@ def test_fp8_with_chosen_tiles_equals_the_reference() -> None:
     wanted, wanted_lse = torch.ops.fps.attention(q, k, v, *reference, packed)
     assert torch.allclose(out, wanted, atol=1e-5)
     assert torch.allclose(lse, wanted_lse, atol=1e-5)
+
+
+@pytest.mark.parametrize("window", [(1, 2, 2), TopK(tiles=3)], ids=str)
+@pytest.mark.parametrize(("quant", "lowering"), [("fp8", "gather"), ("fp8", "reference"), ("int8", "reference")])
+def test_what_hidden_keys_hold_changes_nothing(quant: str, lowering: str, window: Window) -> None:
+    """NaN neither moves the choice nor comes through, forward and backward: with quantizers, hidden keys are absent."""
+    generator = torch.Generator().manual_seed(0)
+    resolved = resolved_plan((2, 4, 6), window, quant=quant, lowering=lowering)
+    q, k, v = (torch.randn(1, 2, 48, 16, generator=generator) for _ in range(3))
+    keep = torch.ones(1, 1, 1, 48, dtype=torch.bool)
+    keep[..., 20] = False
+    results = []
+    for held in (0.0, float("nan"), float("inf")):
+        k[:, :, 20] = v[:, :, 20] = held
+        leaves = [x.clone().requires_grad_() for x in (q, k, v)]
+        phase = torch.zeros(1, dtype=torch.int32)
+        call = (*leaves, keep, phase, (2, 4, 6), None, (0, 48), (0, 48), None, resolved.plan.to_json())
+        out = torch.ops.fps.attention(*call)[0]
+        results.append((out, *torch.autograd.grad(out.square().sum(), leaves)))
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
 
 
 def test_opcheck() -> None:

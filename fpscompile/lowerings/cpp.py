@@ -231,13 +231,40 @@ def backward(
     dtypes = q.dtype, k.dtype, v.dtype
     if plan.quant == "int8":
         int8 = quant_int8.quantize_attention(q, k, v, resolved.k_layout, smooth_k=plan.smooth_k, key_mask=key_mask)
+        rounded = None
+        if plan.remainder == "means":  # out and lse are of all keys, this lowering's and the means
+            rounded = forward(q, k, v, **common)[0]
         lse = lse - int8.lse_shift(q.float(), scale)
-        q, k, v, out, grad_out = int8.q, int8.k, int8.v, out.float(), grad_out.float()
+        q, k, v, grad_out = int8.q, int8.k, int8.v, grad_out.float()
         spec = dataclasses.replace(spec, dtype="float32")
+        out = _without_rounding(out, lse, rounded, int8, common)
     config = _backward_config(spec, plan)
     grads = cpp_backward.backward(grad_out, q, k, v, out, lse, spec=spec, config=config, **common)
     dq, dk, dv = (grad.to(dtype) for grad, dtype in zip(grads, dtypes, strict=True))
     return dq, dk, dv
+
+
+def _without_rounding(
+    out: torch.Tensor, lse: torch.Tensor, rounded: torch.Tensor | None, int8: Any, common: dict[str, Any]
+) -> torch.Tensor:
+    """``out`` as it would be if P and the sums over blocks were not rounded: float32.
+
+    The softmax's gradient subtracts rowsum(P * dP) = rowsum(dO * O) from dP. It is what remains of large numbers where
+    keys have much in common, so that O's roundings would be most of it.
+
+    Args:
+        lse: without what smoothing took.
+        rounded: this lowering's own share of ``out``; None if that is all of it.
+    """
+    resolved: ResolvedPlan = common["resolved"]
+    mask = resolved.block_mask if common["block_mask"] is None else common["block_mask"]
+    plan = dataclasses.replace(resolved.plan, quant="none", compute="float32", remainder="none", config=())
+    call = common | {"resolved": dataclasses.replace(resolved, plan=plan), "block_mask": mask}
+    exact, own = forward(int8.q, int8.k, int8.v, **call)
+    if rounded is None:
+        return exact
+    share = torch.exp(own - lse).masked_fill(own == float("-inf"), 0.0)
+    return out.float() + share[..., None] * (exact - rounded.float())
 
 
 def _quantized(

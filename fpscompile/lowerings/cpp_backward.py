@@ -31,7 +31,7 @@ _SIDE_POINTERS = (
 _SIDE_SIZES = ("L", "tiles", "slots", "n_row_blocks", "capacity")
 _POINTERS = (
     *("q", "k", "v", "out", "grad_out", "lse", "key_bias", "dq", "dk", "dv"),
-    *("slot_bias", "tile_state", "slot_lse", "slot_delta", "phases"),
+    *("slot_bias", "tile_state", "slot_minus_lse", "slot_delta", "phases"),
 )
 _STRIDES = {"q_stride": "q", "k_stride": "k", "v_stride": "v", "out_stride": "out", "grad_stride": "grad_out"}
 _SIZES = ("B", "H", "Hk", "bias_batch", "bias_heads", "mask_heads", "threads")
@@ -124,7 +124,7 @@ def backward(
         "dv": grads[2],
         "slot_bias": torch.empty(bias_batch, bias_heads, keys.slots, dtype=torch.float32),
         "tile_state": torch.empty(bias_batch, bias_heads, keys.tiles, dtype=torch.uint8),
-        "slot_lse": torch.empty(group, queries.slots, dtype=torch.float32),
+        "slot_minus_lse": torch.empty(group, queries.slots, dtype=torch.float32),
         "slot_delta": torch.empty(group, queries.slots, dtype=torch.float32),
         "phases": torch.tensor(phases, dtype=torch.int64),
     }
