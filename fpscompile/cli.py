@@ -290,6 +290,10 @@ def _factory(name: str) -> Callable[[], Any]:
     module_name, colon, attribute = name.partition(":")
     if not colon or not module_name or not attribute:
         raise UsageError(f"{name!r} must be MODULE:FACTORY, for instance my_models:wan_480p")
+    if module_name.endswith(".py") or "/" in module_name:
+        raise UsageError(
+            f"{module_name!r} is a file: name the module, {Path(module_name).stem}, and run from its folder"
+        )
     folder = str(Path.cwd())
     if folder not in sys.path:
         sys.path.insert(0, folder)

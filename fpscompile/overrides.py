@@ -233,7 +233,8 @@ def check_named(keys: Sequence[LayerKey], paths: Sequence[str], others: Sequence
                     f"layers {key.text!r} names layer {beyond}, but {held[0][0]!r} has layers 0 to {last}"
                 )
         if not any(key.matches(path) for path in known):
-            shown = ", ".join(paths[:3]) + (", ..." if len(paths) > 3 else "") if paths else "none"
+            named = [path or "one in the model itself, which layers cannot name" for path in paths[:3]]
+            shown = ", ".join(named) + (", ..." if len(paths) > 3 else "") if paths else "none"
             raise OptionError(
                 f"layers {key.text!r} names no 3D attention of the model, which has {shown}. Blocks that are compiled "
                 "on their own (compile_repeated_blocks) do not know their number: call fpscompile.attach(model) first"

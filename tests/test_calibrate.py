@@ -31,8 +31,9 @@ from fpscompile.plan import PhasePlan, Plan, ResolvedPlan, resolve
 from fpscompile.schedule import GRANULARITIES
 from fpscompile.selection import masks_of_call
 from fpscompile.tiling import TileLayout
+from fpscompile.tuning import Contents, read
 from fpscompile.tuning import candidates as space
-from fpscompile.tuning import read
+from fpscompile.tuning.format import dumps
 from fpscompile.tuning.problem import tile_of_token
 from fpscompile.tuning.store import TuningFileError
 from fpscompile.windows import Dense, Pattern, TopK, View, density, sets_on_grid, spec_of, window_of
@@ -473,6 +474,42 @@ def test_the_file_compiles_the_model_as_calibrated(tmp_path: Path, monkeypatch: 
     beside = autotune(model, **call, options={"quant": "none"}, path=path)
     assert {group.signature.density for group in beside.groups} == densities, "the file that is tuned says the masks"
     assert f"calibration {report.key!r}" in str(beside)
+
+
+@pytest.mark.parametrize(
+    ("damage", "words"),
+    [
+        ({"sites": {"blocks.0": None}}, "its site blocks.0 is None, and no object"),
+        ({"options": {"layers": None}}, "layers=None is no object of sites"),
+        ({"options": {"layers": {"blocks.0": 5}}}, "window=5 must be"),
+        ({"options": {"tile": None}}, "its options are refused"),
+        ({"options": {"nonsense": 1}}, "its options are refused"),
+        ({"sites": None}, "it has no sites or no options"),
+    ],
+    ids=str,
+)
+def test_a_calibration_that_makes_no_sense_is_named_and_ignored(
+    damage: dict[str, Any], words: str, tmp_path: Path
+) -> None:
+    """Whatever stands in a file that is edited by hand, the model is rewritten as the other options say."""
+    path, (call,) = tmp_path / "t.json", samples(1)
+    calibrate(Structured().eval(), samples(2), max_error=0.05, options=OPTIONS, path=path)
+    data = json.loads(path.read_text())
+    (entry,) = data["calibrations"].values()
+    entry.update(damage)
+    path.write_text(json.dumps(data))
+    backend, _ = compiled(Structured().eval(), call, tuning=str(path), tile=TILE)
+    assert words in notes_of(backend)["calibration-ignored"]
+    assert all(site.rewritten for site in backend.graphs[0].sites)
+
+
+@pytest.mark.parametrize("signature", [None, 5, {"grid": 5}, {"grid": None}, {"grid": "4x8x8"}], ids=str)
+def test_an_entry_of_other_kernels_that_makes_no_sense_is_passed_over(signature: Any, tmp_path: Path) -> None:
+    path, (call,) = tmp_path / "t.json", samples(1)
+    path.write_text(dumps(Contents({"key": {"signature": signature}})))
+    backend, _ = compiled(Structured().eval(), call, tuning=str(path), strict=True, density=0.5, tile=TILE)
+    assert "its entries are for grids ?" in notes_of(backend)["tuning-ignored"]
+    assert all(site.rewritten for site in backend.graphs[0].sites)
 
 
 def test_another_model_grid_or_wish_is_named_and_ignored(tmp_path: Path) -> None:

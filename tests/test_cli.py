@@ -114,6 +114,7 @@ def test_help_lists_the_commands(run) -> None:  # type: ignore[no-untyped-def]
         (["factories"], "'factories' must be MODULE:FACTORY"),
         (["nowhere_at_all:f"], "no module named 'nowhere_at_all'"),
         (["nowhere.at.all:f"], "no module named 'nowhere'"),
+        (["./folder/my_models.py:f"], "'./folder/my_models.py' is a file: name the module, my_models, and run from"),
         (["imports_nothing:f"], "no module named 'surely_not_a_module', imported by imports_nothing"),
         (["factories:absent"], "module 'factories' has no 'absent'"),
         (["factories:number"], "factories:number is a int, not a callable"),

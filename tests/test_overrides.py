@@ -95,6 +95,7 @@ def test_keys_name_sites(key: str, named: list[int]) -> None:
         ("0", HUNYUAN, 'write "single_transformer_blocks.0"'),
         ("0", ["attn1"], r"call fpscompile.attach\(model\) first"),
         ("0", [], "which has none"),
+        ("0", [""], "which has one in the model itself, which layers cannot name"),
     ],
 )
 def test_keys_that_name_nothing(key: str, paths: list[str], words: str) -> None:

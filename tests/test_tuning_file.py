@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 
 from fpscompile.tuning import Contents, default_path, merge, read, signature, update
-from fpscompile.tuning.format import VERSION, dumps, parse
+from fpscompile.tuning.format import VERSION, CorruptError, dumps, parse
 from fpscompile.tuning.store import TuningFileError, check_writable
 
 
@@ -49,6 +49,18 @@ def test_text_comes_back_and_is_readable() -> None:
     assert dumps(parse(text)) == text
     data = json.loads(text)
     assert (data["format"], data["version"]) == ("fpscompile-tuning", VERSION)
+
+
+def test_half_a_character_is_kept() -> None:
+    """JSON may escape one alone; UTF-8 cannot hold it."""
+    contents = parse(dumps(Contents(other={"note": "\ud800 é"})))
+    assert contents.other == {"note": "\ud800 é"}
+    dumps(contents).encode()
+
+
+def test_endless_nesting_is_corrupt() -> None:
+    with pytest.raises(CorruptError, match="not whole JSON"):
+        parse("[" * 200_000)
 
 
 def test_default_path_is_in_the_cache_folder(cold_caches: Path) -> None:

@@ -7,7 +7,7 @@ measured now if ``options["autotune"]`` says so. What is taken, missing or ignor
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -82,12 +82,17 @@ def _missing(state: GraphState, loaded: store.Loaded, described: str, reason: st
     elif loaded.message:
         message = loaded.message
     else:
-        grids = sorted(
-            {"x".join(map(str, entry.get("signature", {}).get("grid", ()))) for entry in loaded.contents.sites.values()}
-        )
+        grids = sorted({_grid_of(entry) for entry in loaded.contents.sites.values()})
         held = f"its entries are for grids {', '.join(grids)}" if grids else "it has no kernel entries"
         message = f"tuning file {path} {reason}: ignored for {described}; {held}"
     state.note("info", "tuning-ignored", message)
+
+
+def _grid_of(entry: Mapping[str, Any]) -> str:
+    """The grid that a kernel entry is for, as text; "?" where it does not say."""
+    signature = entry.get("signature")
+    grid = signature.get("grid") if isinstance(signature, Mapping) else None
+    return "x".join(map(str, grid)) if isinstance(grid, Sequence) and not isinstance(grid, str) else "?"
 
 
 def calibrated(state: GraphState) -> Settings:
@@ -129,7 +134,10 @@ def _with_options(
 ) -> Settings:
     options = dict(entry["options"])
     # A graph may hold a part of the model: keys of the other sites would name nothing.
-    layers = {name: value for name, value in options.pop("layers", {}).items() if name in sites}
+    given = options.pop("layers", {})
+    if not isinstance(given, Mapping):
+        raise TypeError(f"layers={given!r} is no object of sites")
+    layers = {name: value for name, value in given.items() if name in sites}
     changes: dict[str, Any] = {"layers": layers or (), **options}
     if "tile" in changes:
         changes["tile"] = tuple(changes["tile"])
@@ -155,6 +163,8 @@ def _why_other(entry: Mapping[str, Any], sites: Mapping[str, AttentionSite]) -> 
     for name, site in sites.items():
         if name not in held:
             continue
+        if not isinstance(held[name], Mapping):
+            return f"its site {name} is {held[name]!r}, and no object"
         grid = [size.hint for size in site.grid or ()]
         shape = {"grid": grid, "heads": site.all_heads, "head_dim": site.shape[4].hint}
         for what, value in shape.items():

@@ -16,6 +16,7 @@ there after the file was merged and written again. So are keys that this version
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -91,7 +92,7 @@ def parse(text: str) -> Contents:
     """
     try:
         data = json.loads(text)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise CorruptError(f"it is not whole JSON ({error})") from error
     if not isinstance(data, dict) or data.get("format") != FORMAT:
         raise CorruptError(f'it has no "format": "{FORMAT}"')
@@ -111,7 +112,7 @@ def parse(text: str) -> Contents:
 
 
 def dumps(contents: Contents) -> str:
-    """The text of a file: sorted keys, whatever fits on a line on one line."""
+    """The text of a file: sorted keys, whatever fits on a line on one line; no character that UTF-8 has not."""
     data = {
         "format": FORMAT,
         "version": VERSION,
@@ -119,7 +120,7 @@ def dumps(contents: Contents) -> str:
         "calibrations": dict(sorted(contents.calibrations.items())),
         **contents.other,
     }
-    return _pretty(data, 0, top=True) + "\n"
+    return re.sub("[\ud800-\udfff]", lambda half: f"\\u{ord(half[0]):04x}", _pretty(data, 0, top=True)) + "\n"
 
 
 def _pretty(value: Any, depth: int, top: bool = False) -> str:
