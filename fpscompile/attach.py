@@ -41,9 +41,9 @@ def attach(
 
     Args:
         pipe_or_model: a diffusers pipeline (its denoisers and its scheduler are found), or one module, compiled or
-            not. Compile a whole model before or after (before, if graph breaks cut it: the hooks of an attachment that
-            is older than ``torch.compile`` are traced, and tell nothing behind a break); blocks compiled on their own
-            need the attachment first, so that their first call finds a grid.
+            not. Compile a whole model before or after (before, if its graph shows no grid and ``grid`` is not given as
+            three sizes: the hooks of an attachment that is older than ``torch.compile`` are traced, and tell nothing);
+            blocks compiled on their own need the attachment first, so that their first call finds a grid.
         scheduler: for a bare module, the scheduler that drives it; progress = step index / number of steps.
             Without one, give the step with :meth:`Attachment.step`, or let the graph read its timestep input.
         grid: video tokens (t, h, w), or a function of the call's (args, kwargs) that returns them; by default they
@@ -131,6 +131,7 @@ class Attachment:
         self.busy = runtime.Busy(" and ".join(models))
         self.met: bool | None = None
         self.told_grid = None if callable(grid) else grid
+        self.told_in_vain = False
         self.captured = False
         self._manual: float | None = None
         self._undo: list[Callable[[], None]] = []

@@ -112,19 +112,22 @@ def rewrite(gm: fx.GraphModule, settings: Settings, *, detail: bool = False) -> 
     arguments = [_example(node) for node in gm.graph.nodes if node.op == "placeholder"]
     owner = runtime.owner_of(arguments)
     attached = call is not None or owner is not None
-    untold = call is None and owner is not None
-    state = GraphState(gm, settings, call.grid if call is not None else None, attached, untold)
+    grid = call.grid if call is not None else owner.told_grid if owner is not None else None
+    untold = call is None and owner is not None and grid is None
+    state = GraphState(gm, settings, grid, attached, untold)
     if owner is not None and settings.layers:
         state.block = shared_block(list(runtime.weight_names(arguments)))
         state.weights = tuple(runtime.all_weight_names(owner))
     record = GraphRecord(settings=settings)
     pictures = _Pictures(state) if detail else None
+    looked = False
     if os.environ.get("FPS_DISABLE", "0") not in ("", "0"):
         state.note("warning", Reason.DISABLED.value, "FPS_DISABLE is set: nothing is rewritten")
     else:
         try:
             with _own_saved_tensors():
                 record.passes = run_pipeline(state, observe=pictures.observe if pictures else None)
+            looked = True
         except FpsError:
             raise
         except Exception as error:
@@ -142,7 +145,7 @@ def rewrite(gm: fx.GraphModule, settings: Settings, *, detail: bool = False) -> 
     record.sites = [_site_record(state, site) for site in state.sites]
     for miss in state.near_misses:
         state.note("info", f"near-miss-{miss.code.value}", f"{miss.node}: {miss.message}")
-    if not os.environ.get("FPS_DISABLE", "0").strip("0"):
+    if looked:
         state.notes += notes_on_breaks(gm, record.sites, [str(miss.message) for miss in state.near_misses])
     record.notes = state.notes
     record.settings = state.settings  # with a calibration, where the tuning file holds one
@@ -156,12 +159,13 @@ def rewrite(gm: fx.GraphModule, settings: Settings, *, detail: bool = False) -> 
 def _check_told_grid(record: GraphRecord, publisher: runtime.Publisher | None) -> None:
     """Say once that a graph which proves its grid, for this size of video, does not read that of the attachment."""
     told = publisher.told_grid if publisher is not None else None
-    other = next(
-        (s for s in record.sites if s.rewritten and s.grid_source in ("graph", "rotary") and s.grid != told), None
-    )
-    if publisher is None or told is None or other is None:
+    rewritten = [site for site in record.sites if site.rewritten]
+    other = next((s for s in rewritten if s.grid_source in ("graph", "rotary") and s.grid != told), None)
+    if publisher is None or publisher.told_in_vain or told is None or other is None:
         return
-    publisher.told_grid = None
+    if any(site.grid_source == "attach" for site in rewritten):  # of several resolutions it is one
+        return
+    publisher.told_in_vain = True
     logger.warning(
         "attach was given grid=%s, which is not used: the graph itself shows %s at %s. Leave the grid out",
         *(told, other.grid, other.module or other.node),

@@ -35,6 +35,8 @@ class Publisher(Protocol):
     """Whether a graph that holds attention has run for it; None where no graph has."""
     told_grid: Grid | None
     """The grid that it was told for all calls; None where none was, or a function."""
+    told_in_vain: bool
+    """Whether it was said that graphs do not read that grid."""
     captured: bool
     """Whether a CUDA graph was captured around code that it tells the step."""
 
@@ -229,6 +231,6 @@ def running(arguments: Sequence[Any]) -> Iterator[tuple[float, Grid | None]]:
         return
     publisher.busy.enter()
     try:
-        yield publisher.progress(), None
+        yield publisher.progress(), publisher.told_grid
     finally:
         publisher.busy.leave()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 
 from fpscompile.ir import AttentionSite, Reason, Rejection
@@ -16,8 +17,8 @@ def remedy(state: GraphState) -> str:
     """What would tell the grid."""
     if state.untold:
         return (
-            "the attachment is older than torch.compile, so its hooks were traced and tell nothing behind a graph "
-            "break: compile first, then call fpscompile.attach on the compiled model"
+            "the attachment is older than torch.compile, so its hooks were traced and tell nothing: compile first, "
+            "then call fpscompile.attach on the compiled model, or give it the grid: attach(model, grid=(t, h, w))"
         )
     return REMEDY
 
@@ -54,8 +55,22 @@ def unknown(state: GraphState, site: AttentionSite, shared: list[Axis], batch: A
     told = state.settings.grid or state.published_grid
     if told is not None:
         source = "options" if state.settings.grid else "attach"
+        tokens = math.prod(told)
+        if kind == "other" and length.hint > tokens:
+            message = (
+                f"of its {length} tokens {tokens} may be the grid {told} from {source}, and nothing "
+                "in this graph shows which: compile the whole model, where text or other tokens are joined to them"
+            )
+            return replace(site, rejection=Rejection(Reason.SEGMENTS, message, length.hint, site.node))
         message = f"its {length} tokens are not the {told[0]}*{told[1]}*{told[2]} of the grid from {source}"
         return replace(site, rejection=Rejection(Reason.KIND, message, length.hint, site.node))
+    mover = reordered(state, longest)
+    if mover is not None:
+        message = (
+            f"{mover.name} ({target_name(mover)}) puts the tokens in another order, in which they are not the rows of "
+            "a grid: attend to them in row-major (t, h, w) order"
+        )
+        return replace(site, rejection=Rejection(Reason.TOKEN_ORDER, message, length.hint, site.node))
     if not is_data(longest):
         message = (
             f"the graph does not show a grid: the trail of its tokens ends at {trail(state, longest)}; {remedy(state)}"

@@ -540,6 +540,72 @@ def test_a_grid_that_the_graph_contradicts_is_named(
     assert all("grid=(5, 5, 5), which is not used: the graph itself shows (3, 6, 10)" in text for text in messages)
 
 
+UNTOLD = {"inner": "eager", "quant": "none", "tile": (2, 2, 2), "density": 0.4}
+
+
+class Tokens(nn.Module):
+    """Attention over tokens whose grid nothing shows."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.qkv = nn.Linear(32, 96)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        q, k, v = self.qkv(x).unflatten(-1, (3, 2, 16)).permute(2, 0, 3, 1, 4)
+        return x + nn.functional.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+
+
+@pytest.mark.parametrize("order", ["attach first", "compile first"])
+def test_a_grid_for_all_calls_is_told_however_the_model_is_compiled(order: str) -> None:
+    """Hooks that are traced tell nothing; three sizes need no hooks. explain, which captures anew, sees them too."""
+    torch.manual_seed(0)
+    model, x, options = Tokens(), torch.randn(1, 192, 32), UNTOLD | {"strict": True}
+    expected = torch.compile(model, backend="fps", options=options | {"grid": (4, 6, 8)})(x)
+    torch._dynamo.reset()
+    attachment = fpscompile.attach(model, grid=(4, 6, 8)) if order == "attach first" else None
+    compiled = torch.compile(model, backend="fps", options=options)
+    with attachment or fpscompile.attach(compiled, grid=(4, 6, 8)):
+        torch.testing.assert_close(compiled(x), expected)
+        for shown in (model, compiled):
+            (site,) = fpscompile.explain(shown, x, options=options).sites
+            assert (site.rewritten, site.grid, site.grid_source) == (True, (4, 6, 8), "attach")
+    assert not torch.allclose(model.forward(x), expected)
+
+
+class TwoResolutions(nn.Module):
+    """The graph shows the grid of the coarse attention, and not that of the fine one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.coarse, self.fine = Tokens(), Tokens()
+
+    def forward(self, video: torch.Tensor, tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return self.coarse(video.flatten(2).mT), self.fine(tokens)
+
+
+def test_of_two_resolutions_one_may_be_told(caplog: pytest.LogCaptureFixture) -> None:
+    model, options = TwoResolutions(), UNTOLD | {"strict": True}
+    call = torch.randn(1, 32, 4, 3, 4), torch.randn(1, 192, 32)
+    with fpscompile.attach(model, grid=(4, 6, 8)):
+        compiled = torch.compile(model, backend="fps", options=options)
+        compiled(*call)
+    assert not [record for record in caplog.records if "not used" in record.getMessage()]
+    sites = fpscompile.explain(model, *call, options=options | {"grid": (4, 6, 8)}).sites
+    assert [(site.grid, site.grid_source) for site in sites] == [((4, 3, 4), "graph"), ((4, 6, 8), "options")]
+    with pytest.raises(torch._dynamo.exc.BackendCompilerFailed, match=r"the graph proves \(4, 3, 4\)"):
+        fpscompile.explain(model, *call, options=options | {"grid": (3, 4, 4), "strict": False})
+
+
+def test_tokens_that_are_more_than_the_grid_are_no_silence(caplog: pytest.LogCaptureFixture) -> None:
+    """A block that is compiled by itself cannot know which of its tokens are text."""
+    block = Tokens()
+    with fpscompile.attach(block, grid=(4, 6, 8)):
+        torch.compile(block, backend="fps", options=UNTOLD)(torch.randn(1, 197, 32))
+    (message,) = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    assert "of its 197 tokens 192 may be the grid (4, 6, 8) from attach" in message
+    assert "compile the whole model" in message
+
+
 def test_weights_that_are_replaced_stay_attached(phases: list[tuple[int, ...]]) -> None:
     """``load_state_dict(assign=True)`` puts other parameters in; a compiled model has only them to be known by."""
     model = wan(layers=2)
