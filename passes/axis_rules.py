@@ -24,6 +24,7 @@ from fpscompile.passes.axes import (
     atom,
     axis_size,
     concat,
+    describe,
     fresh,
     merge,
     product,
@@ -200,6 +201,28 @@ def _alike(axes: Sequence[Axis], node: fx.Node, dim: int, size: Size) -> Axis:
     # Convolutions and resizes of an axis keep its order.
     lost = any(rearranged(merged, axis) and roots(merged) != roots(axis) for axis in axes)
     return fresh(node.name, dim, size) if lost else merged
+
+
+def roll(tracer: Tracer, node: fx.Node) -> Result:
+    """Rolled dimensions are in an order of their own; rolled back by as much, they are what they were."""
+    label, _ = source_of(tracer, node)
+    shifts, dims = argument(node, 1, "shifts"), argument(node, 2, "dims")
+    shifts, dims = ([value] if isinstance(value, int) else value for value in (shifts, dims))
+    if not isinstance(shifts, (tuple, list)) or not isinstance(dims, (tuple, list)) or len(shifts) != len(dims):
+        return None
+    if not all(isinstance(value, int) for value in (*shifts, *dims)):
+        return None
+    result = list(label)
+    for shift, dim in zip(shifts, dims, strict=True):
+        axis = result[dim]
+        before = axis[0] if len(axis) == 1 and isinstance(axis[0], Atom) and axis[0].role == "rolled" else None
+        if before is not None:
+            shift, axis = shift + int(before.name.rpartition(" by ")[2]), before.parent or ()
+        if axis and shift:
+            name = f"({describe(axis)}) rolled by {shift}"
+            axis = atom(name, axis_size(axis), parent=axis, role="rolled", origin=node.name, dim=dim % len(label))
+        result[dim] = axis
+    return tuple(result)
 
 
 def cat(tracer: Tracer, node: fx.Node) -> Result:
@@ -410,6 +433,7 @@ RULES: dict[str, Rule] = {
     **dict.fromkeys(("cat", "concat", "concatenate"), cat),
     "copy_": copied,
     "stack": stack,
+    "roll": roll,
     **dict.fromkeys(names("split chunk tensor_split split_with_sizes unsafe_chunk unsafe_split"), split),
     "unbind": unbind,
     "select": select,

@@ -81,8 +81,9 @@ def _transformed(state: GraphState, node: fx.Node) -> Rejection | None:
     if transform is None:
         return None
     message = (
-        "a torch.func transform (grad, vjp, jvp) is compiled together with the attention it goes through; compile "
-        "the model, and transform the compiled model"
+        "a torch.func transform (grad, vjp, jvp, vmap) is compiled together with the attention it goes through, and "
+        "the op has no derivative that one could compose: compile the model alone, and take its gradients by "
+        "backward() or torch.autograd.grad (around a compiled model, torch.func runs it uncompiled, dense)"
     )
     return Rejection(Reason.SUBGRAPH, message, target_name(transform), node)
 
@@ -350,11 +351,17 @@ def _subgraph_sites(state: GraphState) -> list[AttentionSite]:
 
 
 def _check_option_grid(state: GraphState) -> None:
-    """``options["grid"]`` must be some site's, and must not contradict what the graph proves."""
+    """``options["grid"]`` must be some site's, and must not contradict what the graph proves.
+
+    A model of several resolutions may need it at one and prove another.
+    """
     grid = state.settings.grid
     if grid is None or not state.sites:
         return
+    needed = any(site.grid_source == "options" for site in state.sites)
     for site in state.sites:
+        if needed and site.query_span is not None and site.query_span.length.hint != math.prod(grid):
+            continue
         if site.grid_source == "graph" and site.grid is not None:
             proven = tuple(size.hint for size in site.grid)
             if proven != grid and any(counted(state, run) for run in site.query_runs):
@@ -390,6 +397,9 @@ def _check_option_grid(state: GraphState) -> None:
                     f"options['grid']={grid} is of as many tokens as {site.node} has, which is declined all the same: "
                     f"{site.rejection.message}"
                 )
+        longer = next((site for site in state.sites if site.rejection and site.rejection.code is Reason.SEGMENTS), None)
+        if longer is not None and longer.rejection is not None:
+            raise GridError(f"options['grid']={grid} fits no attention call: {longer.rejection.message}")
         lengths = sorted({site.shape[2].hint for site in state.sites if site.kind != "cross"}, reverse=True)
         raise GridError(
             f"options['grid']={grid} has {tokens} tokens, but the self-attention calls have "

@@ -24,28 +24,40 @@ def whole_of(parts: Sequence[Any], label: Labels) -> Axis | None:
     Args:
         label: gives the label of a tensor node.
     """
+    found = _taken_apart(parts)
+    if found is None:
+        return None
+    source, dim, indices = found
+    axis = label(source)[dim]
+    return axis if indices == list(range(len(parts))) and axis_size(axis).expr == len(parts) else None
+
+
+def permuted(parts: Sequence[Any]) -> bool:
+    """Whether the parts are the places of one dimension, one each, in an order that is not its own."""
+    found = _taken_apart(parts)
+    if found is None:
+        return False
+    source, dim, indices = found
+    size = fake_tensor(source).shape[dim]  # type: ignore[union-attr]
+    return size == len(indices) and sorted(indices) == list(range(len(indices))) != indices
+
+
+def _taken_apart(parts: Sequence[Any]) -> tuple[fx.Node, int, list[int]] | None:
+    """(tensor, dimension, index of each part) of parts that are places of one dimension, or made of such in step."""
     current: list[Any] = list(parts)
     for _ in range(MOST_STEPS):
         if len(current) < 2 or not all(isinstance(node, fx.Node) for node in current):
             return None
-        places = [_place(node) for node in current]
-        if all(place is not None for place in places):
-            return _axis(places, label)  # type: ignore[arg-type]
+        places = [place for node in current if (place := _place(node)) is not None]
+        if len(places) == len(current):
+            source, dim, _ = places[0]
+            alike = all(place[:2] == (source, dim) for place in places) and fake_tensor(source) is not None
+            return (source, dim, [index for _, _, index in places]) if alike else None
         above = _one_step(current)
         if above is None:
             return None
         current = above
     return None
-
-
-def _axis(places: list[tuple[fx.Node, int, int]], label: Labels) -> Axis | None:
-    source, dim, _ = places[0]
-    if any(place[:2] != (source, dim) for place in places) or fake_tensor(source) is None:
-        return None
-    axis = label(source)[dim]
-    size = axis_size(axis)
-    in_order = [index for _, _, index in places] == list(range(len(places)))
-    return axis if in_order and size.expr == len(places) else None
 
 
 def _place(node: fx.Node) -> tuple[fx.Node, int, int] | None:

@@ -14,6 +14,7 @@ Legality is find_sites' business; this pass only writes. What follows in the pip
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 import inspect
 import operator
@@ -25,11 +26,12 @@ import sympy
 import torch
 from torch import fx
 from torch._dynamo.symbolic_convert import InstructionTranslator
+from torch.utils._sympy.functions import FloorDiv
 
 import fpscompile.ops
 import fpscompile.rotary_grid  # noqa: F401  (with ops: registers torch.ops.fps)
 from fpscompile.errors import FpsError
-from fpscompile.ir import AttentionSite, Size, Span
+from fpscompile.ir import AttentionSite, Reason, Rejection, Size, Span
 from fpscompile.passes.axes import Axis, axis_size, describe, same
 from fpscompile.passes.base import GraphState, copy_origin, emit, fake_tensor, shape_of
 from fpscompile.passes.legality import key_mask
@@ -52,10 +54,27 @@ class LowerSites:
         if not state.plans:
             return False
         inputs = _Inputs(state)
-        for site in state.sites:
-            if site.node in state.plans:
+        for place, site in enumerate(state.sites):
+            if site.node not in state.plans:
+                continue
+            try:
                 state.rewritten[site.node] = _rewrite(state, site, inputs)
+            except _UnreadableSizeError as error:
+                del state.plans[site.node]
+                rejection = Rejection(Reason.NO_GRID, str(error), error.size, site.node)
+                state.sites[place] = dataclasses.replace(site, rejection=rejection)
         return True
+
+
+class _UnreadableSizeError(FpsError):
+    """A size of the grid that the graph cannot compute."""
+
+    def __init__(self, size: Size, axis: Axis) -> None:
+        super().__init__(
+            f"the graph has no tensor of the size {size.expr} of {describe(axis) or 'the grid'}: compile with "
+            "dynamic=False, or give the model its sizes as constants"
+        )
+        self.size = size
 
 
 def _rewrite(state: GraphState, site: AttentionSite, inputs: _Inputs) -> fx.Node:
@@ -268,36 +287,36 @@ class _SizeReader:
         """``size``, which is that of ``axis``: off a tensor that has it, or computed from sizes that tensors have."""
         found = self._expression(size.expr)
         if found is None and len(axis) >= 2:
-            found = functools.reduce(self._times, (self.read(factor.size, (factor,)) for factor in axis))
+            sizes = (self.read(factor.size, (factor,)) for factor in axis)
+            found = functools.reduce(functools.partial(self._apply, operator.mul), sizes)
         if found is None:
-            raise FpsError(f"no tensor of the graph has the size {size.expr} of {describe(axis)}")
+            raise _UnreadableSizeError(size, axis)
         return found
 
     def _expression(self, expression: sympy.Expr) -> int | fx.Node | None:
-        """Sums and products of sizes that tensors have; None for what is not."""
+        """Sums, products and quotients of sizes that tensors have; None for what is not."""
         if expression.is_number:
             return int(expression)
         if expression in self.state.homes:
             return emit(self.state, "size", self.state.homes[expression])
+        above, below = expression.as_numer_denom()
+        if isinstance(expression, FloorDiv):
+            above, below = expression.args
+        if below != 1:  # sizes divide without a rest, or are floored
+            parts = self._expression(above), self._expression(below)
+            return None if None in parts else self._apply(operator.floordiv, *parts)  # type: ignore[arg-type]
         operator_of = {sympy.Add: operator.add, sympy.Mul: operator.mul}.get(expression.func)
         if operator_of is None:
             return None
         terms = [self._expression(term) for term in expression.args]
         if any(term is None for term in terms):
             return None
-        return functools.reduce(
-            lambda left, right: (
-                operator_of(left, right)
-                if isinstance(left, int) and isinstance(right, int)
-                else emit(self.state, operator_of, (left, right))
-            ),
-            terms,
-        )
+        return functools.reduce(functools.partial(self._apply, operator_of), terms)
 
-    def _times(self, left: int | fx.Node, right: int | fx.Node) -> int | fx.Node:
+    def _apply(self, function: Callable[[int, int], int], left: int | fx.Node, right: int | fx.Node) -> int | fx.Node:
         if isinstance(left, int) and isinstance(right, int):
-            return left * right
-        return emit(self.state, operator.mul, (left, right))
+            return function(left, right)
+        return emit(self.state, function, (left, right))
 
     def span(self, pieces: tuple[Axis, ...], span: Span) -> list[int | fx.Node]:
         """[first video token, number of video tokens] in a sequence of ``pieces``."""
@@ -311,10 +330,7 @@ class _SizeReader:
         first: int | fx.Node = 0
         for piece in ahead:
             length = self.read(axis_size(piece), piece)
-            if isinstance(first, int) and isinstance(length, int):
-                first += length
-            else:
-                first = emit(self.state, operator.add, (first, length))
+            first = self._apply(operator.add, first, length)
         return [first, self.read(span.length, video)]
 
     def grid(self, site: AttentionSite) -> list[int | fx.Node]:

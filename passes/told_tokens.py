@@ -6,9 +6,10 @@ from torch import fx
 from torch._dynamo.resume_execution import TORCH_DYNAMO_RESUME_IN_PREFIX
 from torch._dynamo.symbolic_convert import InstructionTranslator
 
-from fpscompile.passes.axes import Atom, Axis, axis_size, same
-from fpscompile.passes.base import GraphState, fake_tensor, shape_of, target_name, words
+from fpscompile.passes.axes import Atom, Axis, Cat, Slice, axis_size, same
+from fpscompile.passes.base import GraphState, argument, fake_tensor, shape_of, target_name, words
 from fpscompile.passes.collective_rules import ALL_TO_ALL
+from fpscompile.passes.frames import permuted
 
 
 def resumed() -> bool:
@@ -26,9 +27,31 @@ REORDERING = words(
 )
 
 
+JOINING = words("cat concat concatenate")
+
+
+def _shuffled(cat: Cat) -> bool:
+    """Whether it is all pieces of one axis: laid end to end in the axis's own order they would be that axis again."""
+    wholes = [_whole(part) for part in cat.parts]
+    first = wholes[0]
+    return first is not None and all(whole == first for whole in wholes) and same(axis_size((cat,)), axis_size(first))
+
+
+def _whole(part: Axis) -> Axis | None:
+    """The axis that a run of its places or every so manieth of them is of."""
+    piece = part[0] if len(part) == 1 else None
+    if isinstance(piece, Slice):
+        return piece.whole
+    return piece.parent if isinstance(piece, Atom) and piece.role == "strided" else None
+
+
 def reordered(state: GraphState, run: Axis) -> fx.Node | None:
     """The node of the graph that made a run by putting as many tokens in an order of its own, if one did."""
     nodes = {node.name: node for graph in state.everywhere() for node in graph.graph.nodes}
+    for cat in (factor for factor in run if isinstance(factor, Cat)):
+        if _shuffled(cat):
+            joins = (node for node, label in state.labels.items() if any(cat in axis for axis in label))
+            return next((node for node in joins if target_name(node) in JOINING), None)
     for atom in (factor for factor in run if isinstance(factor, Atom)):
         if atom.role == "gathered":
             return reordered(state, atom.parent or ())
@@ -40,6 +63,10 @@ def reordered(state: GraphState, run: Axis) -> fx.Node | None:
                 return index
             continue
         node = nodes.get(atom.origin)
+        if atom.role == "rolled":
+            return node
+        if node is not None and target_name(node) == "stack" and permuted(argument(node, 0, "tensors", ())):
+            return node
         if atom.role != "root" or node is None or target_name(node).rstrip("_") not in REORDERING:
             continue
         sources = [source for source in node.all_input_nodes if fake_tensor(source) is not None]

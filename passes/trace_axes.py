@@ -21,7 +21,7 @@ from torch.utils._sympy.symbol import SymT, symbol_is_type
 from fpscompile.ir import Size
 from fpscompile.passes import writes
 from fpscompile.passes.aliasing import mutates
-from fpscompile.passes.axes import INPUT, PARAMETER, Axis, Label, axis_size, fresh, information, same
+from fpscompile.passes.axes import INPUT, PARAMETER, Axis, Label, axis_size, fresh, information, leaves, same
 from fpscompile.passes.axis_rules import RULES, broadcast, keeps_positions
 from fpscompile.passes.base import STAND_IN, GraphState, fake_tensor, fake_value, shape_of, target_name
 from fpscompile.passes.canonical import is_canonical
@@ -116,18 +116,26 @@ class Tracer:
 
         All index the same positions. Kept is the name that says most; among equals the one that the tokens carry
         through the model: that of the operand which depends on most of the call's inputs (a table of positions or a
-        modulation depends on few); then the first. The others are remembered.
+        modulation depends on few), has most dimensions (a mask of frames has few) and is made of fewest tensors; then
+        the first. The others are remembered.
         """
         known = [operand for operand in operands if operand[0]]
         if not known:
             return ()
         # A constant or noise made in another tensor's shape has none of its tokens.
         known = [operand for operand in known if not target_name(operand[1]).endswith("_like")] or known
-        kept = max(known, key=lambda o: (information(o[0]), self.reads.get(o[1], 0).bit_count()))[0]
+        kept = max(known, key=lambda o: (information(o[0]), self.reads.get(o[1], 0).bit_count(), *self._extent(o[1])))[
+            0
+        ]
         for axis, node, dim in known:
             if axis != kept:
                 self.meetings.setdefault(kept, []).append(Meeting(axis, node, dim))
         return kept
+
+    def _extent(self, node: fx.Node) -> tuple[int, int]:
+        """How many dimensions a tensor has, not those of size 1, and less how many tensors they go back to."""
+        label = [axis for axis in self.label(node) if axis]
+        return len(label), -len({leaf.origin for axis in label for leaf in leaves(axis)})
 
     def visit(self, node: fx.Node) -> None:
         for source in self._read(node):

@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import einops
 import pytest
 import torch
 from torch.nn import functional as F
 
 from fpscompile import Backend, Settings
 from fpscompile.errors import StrictError
+from fpscompile.passes import lower_sites
 from fpscompile.records import SiteRecord
 
 T, H, W, HEADS, D = 3, 4, 5, 2, 8
@@ -226,9 +228,57 @@ DECLINED: dict[str, tuple[Attention, tuple[torch.Tensor, ...], str, str]] = {
     "shuffled keys": (shuffled_keys, (latent(),), "cross", "kind"),
     "flipped values": (flipped_values, (latent(),), "other", "segments"),
     "another video": (keys_of_another_video, (latent(), latent()), "cross", "kind"),
-    "rolled": (rolled, (latent(),), "other", "no-grid"),
+    "rolled": (rolled, (latent(),), "other", "token-order"),
     "five dimensions": (five_dimensional_q, (latent(),), "other", "layout"),
 }
+
+
+def counted_by_einops(x: torch.Tensor) -> torch.Tensor:
+    return einops.rearrange(x, "(b t) c h w -> b (t h w) c", t=4)
+
+
+def counted_by_unflatten(x: torch.Tensor) -> torch.Tensor:
+    return x.unflatten(0, (-1, 4)).permute(0, 1, 3, 4, 2).flatten(1, 3)
+
+
+def counted_by_division(x: torch.Tensor) -> torch.Tensor:
+    c, h, w = x.shape[1:]
+    b = x.shape[0] // 4
+    return x.view(b, 4, c, h, w).permute(0, 1, 3, 4, 2).reshape(b, -1, c)
+
+
+@pytest.mark.parametrize(
+    "tokens", [counted_by_einops, counted_by_unflatten, counted_by_division], ids=lambda f: f.__name__
+)
+def test_frames_folded_into_a_batch_of_any_size(tokens: Attention) -> None:
+    """Divided by the samples, which are a quotient of its own, a batch is as many frames as the view says."""
+    fps = Backend(Settings.from_options(WINDOW))
+    compiled = torch.compile(lambda x: self_attention(tokens(x)), backend=fps)
+    for size in (2, 3, 1):
+        compiled(torch.randn(4 * size, HEADS * D, H, W))
+    assert [site.grid for graph in fps.graphs for site in graph.sites] == [(4, H, W)] * len(fps.graphs)
+    assert all(site.rewritten for graph in fps.graphs for site in graph.sites)
+
+
+def test_a_count_of_frames_that_divides_the_batch_has_a_reason() -> None:
+    def of_frames(x: torch.Tensor, frames: int) -> torch.Tensor:
+        x = x.view(x.shape[0] // frames, frames, *x.shape[1:])
+        return self_attention(x.permute(0, 1, 3, 4, 2).flatten(1, 3))
+
+    fps = Backend(Settings.from_options(WINDOW))
+    compiled = torch.compile(of_frames, backend=fps, dynamic=True)
+    x = torch.randn(8, HEADS * D, H, W)
+    torch.testing.assert_close(compiled(x, 4), of_frames(x, 4))
+    (graph,) = fps.graphs
+    assert [site.reason_code for site in graph.sites] == ["no-grid"]
+    assert not [note for note in graph.notes if note.code == "internal-error"]
+
+
+def test_a_size_that_the_graph_cannot_compute_is_a_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lower_sites._SizeReader, "_expression", lambda self, expression: None)
+    (site,) = explain(plain, latent(), dynamic=True)
+    assert (site.rewritten, site.reason_code) == (False, "no-grid")
+    assert "compile with dynamic=False" in (site.reason or "")
 
 
 @pytest.mark.parametrize("dynamic", [False, pytest.param(True, marks=pytest.mark.slow)])

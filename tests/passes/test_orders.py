@@ -30,11 +30,12 @@ def attend(q: torch.Tensor, k: torch.Tensor | None = None, v: torch.Tensor | Non
     return F.scaled_dot_product_attention(heads(q), heads(k) * 2, heads(k if v is None else v) + 1, **how)
 
 
-def sites(model: Model) -> list[SiteRecord]:
+def sites(model: Model, **options: Any) -> list[SiteRecord]:
     """The output must be eager's: nothing is windowed."""
     torch.manual_seed(0)
     video = torch.randn(B, C, T, H, W)
-    fps = Backend(Settings.from_options({"tile": (2, 2, 2), "density": 1.0, "inner": "eager", "quant": "none"}))
+    how = {"tile": (2, 2, 2), "density": 1.0, "inner": "eager", "quant": "none"}
+    fps = Backend(Settings.from_options(how | {name: value for name, value in options.items() if value is not None}))
     torch._dynamo.reset()
     wanted = model(video.clone())
     got = torch.compile(model, backend=fps, fullgraph=True)(video.clone())
@@ -45,6 +46,75 @@ def sites(model: Model) -> list[SiteRecord]:
 def stacked(v: torch.Tensor) -> torch.Tensor:
     q, k, z = torch.stack([tokens(v), tokens(v)[:, PERM], tokens(v)[:, PERM]]).unbind(0)
     return attend(q, k, z)
+
+
+def even_frames_first(v: torch.Tensor) -> torch.Tensor:
+    return attend(tokens(torch.cat([v[:, :, ::2], v[:, :, 1::2]], 2)))
+
+
+def halves_swapped(v: torch.Tensor) -> torch.Tensor:
+    return attend(tokens(torch.cat(v.chunk(2, 4)[::-1], 4)))
+
+
+def frames_backwards(v: torch.Tensor) -> torch.Tensor:
+    return attend(tokens(torch.stack([v[:, :, t] * 2 for t in reversed(range(T))], 2)))
+
+
+def unbound_backwards(v: torch.Tensor) -> torch.Tensor:
+    return attend(tokens(torch.stack(v.unbind(2)[::-1], 2)))
+
+
+def shifted(v: torch.Tensor) -> torch.Tensor:
+    return attend(tokens(v.roll((1, -1), (3, 4))))
+
+
+@pytest.mark.parametrize("grid", [None, (T, H, W)])
+@pytest.mark.parametrize(
+    "model", [even_frames_first, halves_swapped, frames_backwards, unbound_backwards, shifted], ids=lambda m: m.__name__
+)
+def test_another_order_is_no_grid_whoever_names_it(model: Model, grid: tuple[int, int, int] | None) -> None:
+    (site,) = sites(model, grid=grid)
+    assert (site.rewritten, site.reason_code) == (False, "token-order")
+    assert "puts the tokens in another order" in (site.reason or "")
+
+
+def test_shifted_windows_and_back() -> None:
+    """What was rolled and is rolled back is in its own order again, whatever was done between."""
+
+    def swin(v: torch.Tensor) -> torch.Tensor:
+        x = v.roll((-1, -2), (3, 4))
+        x = x.unflatten(4, (2, W // 2)).relu().flatten(4, 5)
+        return attend(tokens(x.roll((1, 2), (3, 4))))
+
+    def not_quite(v: torch.Tensor) -> torch.Tensor:
+        return attend(tokens(v.roll((-1, -2), (3, 4)).relu().roll((1, 1), (3, 4))))
+
+    assert [(site.rewritten, site.grid) for site in sites(swin)] == [(True, (T, H, W))]
+    assert [site.reason_code for site in sites(not_quite)] == ["token-order"]
+
+
+@pytest.mark.parametrize(
+    "mix",
+    [
+        lambda v: v[:, :1, :, :1, :1] * v,
+        lambda v: torch.where(v[:, :1, :, :1, :1] > 0, 0.0, v),
+        lambda v: v.new_ones(1, 1, T, 1, 1) * v,
+    ],
+    ids=["first", "where", "made"],
+)
+def test_a_mask_of_frames_ahead_of_the_video(mix: Model) -> None:
+    """Of two operands that show the frames, the one that shows rows and columns too names them."""
+    (site,) = sites(lambda v: attend(tokens(mix(v))))
+    assert (site.rewritten, site.grid) == (True, (T, H, W))
+
+
+def test_frames_blended_by_a_mask() -> None:
+    def blend(v: torch.Tensor, mask: torch.Tensor, first: torch.Tensor) -> torch.Tensor:
+        return attend(tokens(mask * first + (1 - mask) * v))
+
+    fps = Backend(Settings.from_options({"tile": (2, 2, 2), "density": 1.0, "inner": "eager", "quant": "none"}))
+    torch.compile(blend, backend=fps)(torch.randn(B, C, T, H, W), torch.rand(1, 1, T, 1, 1), torch.randn(B, C, 1, H, W))
+    assert [(site.rewritten, site.grid) for site in fps.graphs[0].sites] == [(True, (T, H, W))]
 
 
 def second_scan(v: torch.Tensor) -> torch.Tensor:
