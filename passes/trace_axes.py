@@ -124,9 +124,11 @@ class Tracer:
             return ()
         # A constant or noise made in another tensor's shape has none of its tokens.
         known = [operand for operand in known if not target_name(operand[1]).endswith("_like")] or known
-        kept = max(known, key=lambda o: (information(o[0]), self.reads.get(o[1], 0).bit_count(), *self._extent(o[1])))[
-            0
-        ]
+        says = [(information(axis), self.reads.get(node, 0).bit_count()) for axis, node, _ in known]
+        most = [operand for operand, how_much in zip(known, says, strict=True) if how_much == max(says)]
+        kept = most[0][0]
+        if any(axis != kept for axis, _, _ in most):
+            kept = max(most, key=lambda operand: self._extent(operand[1]))[0]
         for axis, node, dim in known:
             if axis != kept:
                 self.meetings.setdefault(kept, []).append(Meeting(axis, node, dim))
