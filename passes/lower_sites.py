@@ -26,7 +26,6 @@ import sympy
 import torch
 from torch import fx
 from torch._dynamo.symbolic_convert import InstructionTranslator
-from torch.utils._sympy.functions import FloorDiv
 
 import fpscompile.ops
 import fpscompile.rotary_grid  # noqa: F401  (with ops: registers torch.ops.fps)
@@ -294,17 +293,11 @@ class _SizeReader:
         return found
 
     def _expression(self, expression: sympy.Expr) -> int | fx.Node | None:
-        """Sums, products and quotients of sizes that tensors have; None for what is not."""
+        """Sums and products of sizes that tensors have; None for what is not."""
         if expression.is_number:
             return int(expression)
         if expression in self.state.homes:
             return emit(self.state, "size", self.state.homes[expression])
-        above, below = expression.as_numer_denom()
-        if isinstance(expression, FloorDiv):
-            above, below = expression.args
-        if below != 1:  # sizes divide without a rest, or are floored
-            parts = self._expression(above), self._expression(below)
-            return None if None in parts else self._apply(operator.floordiv, *parts)  # type: ignore[arg-type]
         operator_of = {sympy.Add: operator.add, sympy.Mul: operator.mul}.get(expression.func)
         if operator_of is None:
             return None
