@@ -397,11 +397,10 @@ def _check_option_grid(state: GraphState) -> None:
                     f"options['grid']={grid} is of as many tokens as {site.node} has, which is declined all the same: "
                     f"{site.rejection.message}"
                 )
-        longer = next((site for site in state.sites if site.rejection and site.rejection.code is Reason.SEGMENTS), None)
-        if longer is not None and longer.rejection is not None:
-            raise GridError(f"options['grid']={grid} fits no attention call: {longer.rejection.message}")
+        joint = any(site.rejection is not None and site.rejection.code is Reason.SEGMENTS for site in state.sites)
         lengths = sorted({site.shape[2].hint for site in state.sites if site.kind != "cross"}, reverse=True)
         raise GridError(
             f"options['grid']={grid} has {tokens} tokens, but the self-attention calls have "
             f"{', '.join(map(str, lengths)) or 'none'}: give the grid after patchify, along (t, h, w)"
+            + ("; where some of those are text, compile the whole model, whose graph shows which" if joint else "")
         )

@@ -59,7 +59,7 @@ def unknown(state: GraphState, site: AttentionSite, shared: list[Axis], batch: A
         if kind == "other" and length.hint > tokens:
             message = (
                 f"of its {length} tokens {tokens} may be the grid {told} from {source}, and nothing "
-                "in this graph shows which: compile the whole model, where text or other tokens are joined to them"
+                "in this graph shows which: where the rest is text or the like, compile the whole model"
             )
             return replace(site, rejection=Rejection(Reason.SEGMENTS, message, length.hint, site.node))
         message = f"its {length} tokens are not the {told[0]}*{told[1]}*{told[2]} of the grid from {source}"

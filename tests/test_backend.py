@@ -321,7 +321,8 @@ def test_grid_option_refuses_another_length_at_run_time() -> None:
 
 
 def test_grid_option_that_fits_nothing_is_refused() -> None:
-    with pytest.raises(torch._dynamo.exc.BackendCompilerFailed, match="162 tokens"):
+    text = r"has 162 tokens, but the self-attention calls have 180: give .* some of those are text, compile the whole"
+    with pytest.raises(torch._dynamo.exc.BackendCompilerFailed, match=text):
         torch.compile(PackedDiT("matmul").eval(), backend=backend(grid=(3, 6, 9)))(**packed())
 
 
