@@ -27,9 +27,6 @@ REORDERING = words(
 )
 
 
-JOINING = words("cat concat concatenate")
-
-
 def _shuffled(cat: Cat) -> bool:
     """Whether it is all pieces of one axis: laid end to end in the axis's own order they would be that axis again."""
     wholes = [_whole(part) for part in cat.parts]
@@ -50,8 +47,7 @@ def reordered(state: GraphState, run: Axis) -> fx.Node | None:
     nodes = {node.name: node for graph in state.everywhere() for node in graph.graph.nodes}
     for cat in (factor for factor in run if isinstance(factor, Cat)):
         if _shuffled(cat):
-            joins = (node for node, label in state.labels.items() if any(cat in axis for axis in label))
-            return next((node for node in joins if target_name(node) in JOINING), None)
+            return next((node for node, label in state.labels.items() if any(cat in axis for axis in label)), None)
     for atom in (factor for factor in run if isinstance(factor, Atom)):
         if atom.role == "gathered":
             return reordered(state, atom.parent or ())
