@@ -247,8 +247,13 @@ def counted_by_division(x: torch.Tensor) -> torch.Tensor:
     return x.view(b, 4, c, h, w).permute(0, 1, 3, 4, 2).reshape(b, -1, c)
 
 
+KEPT_WHOLE = pytest.mark.xfail(
+    torch.__version__ < "2.12", reason="einops tells Dynamo of torch 2.11 to keep its calls whole", strict=True
+)
+
+
 @pytest.mark.parametrize(
-    "tokens", [counted_by_einops, counted_by_unflatten, counted_by_division], ids=lambda f: f.__name__
+    "tokens", [pytest.param(counted_by_einops, marks=KEPT_WHOLE), counted_by_unflatten, counted_by_division]
 )
 def test_frames_folded_into_a_batch_of_any_size(tokens: Attention) -> None:
     """Divided by the samples, which are a quotient of its own, a batch is as many frames as the view says."""
