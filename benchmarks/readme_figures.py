@@ -374,38 +374,32 @@ def block(results: Path, headlines: bool = False) -> str:
     return "\n\n".join(tables) or "No benchmark has been run yet: `make bench`."
 
 
-def _rows(name: str, section: Callable[[dict[str, Any]], list[Row]], report: dict[str, Any], some: bool) -> list[Row]:
-    """Rows of a file, or ``some`` of them: its headlines."""
-    rows = section(report)
-    return [row for row in rows if any(part in row[0] for part in HEADLINES.get(name, ()))] if some else rows
-
-
 def _tables(
     results: Path, where: str, sections: dict[str, Any], machine: tuple[str, ...], origin: Callable[[Reports], str],
     headlines: bool,
 ) -> list[str]:  # fmt: skip
-    machines: dict[tuple[Any, ...], Reports] = {}
-    for name in sections:
+    machines: dict[tuple[Any, ...], tuple[Reports, list[Row]]] = {}
+    for name, section in sections.items():
         path = results / f"{name}.json"
-        if path.exists():
-            report = json.loads(path.read_text())
-            if _rows(name, sections[name], report, headlines):
-                machines.setdefault(tuple(report["machine"][key] for key in machine), {})[name] = report
+        report = json.loads(path.read_text()) if path.exists() else None
+        rows = section(report) if report is not None else []
+        if headlines:
+            rows = [row for row in rows if any(part in row[0] for part in HEADLINES.get(name, ()))]
+        if rows:
+            reports, all_rows = machines.setdefault(tuple(report["machine"][key] for key in machine), ({}, []))
+            reports[name] = report
+            all_rows += rows
     return [
         "\n".join(
             [
                 f"| {where} | measured | aim |",
                 "|---|---|---|",
-                *(
-                    f"| {' | '.join(row)} |"
-                    for name, report in reports.items()
-                    for row in _rows(name, sections[name], report, headlines)
-                ),
+                *(f"| {' | '.join(row)} |" for row in rows),
                 "",
                 origin(reports),
             ]
         )
-        for reports in machines.values()
+        for reports, rows in machines.values()
     ]
 
 

@@ -159,11 +159,11 @@ def rewrite(gm: fx.GraphModule, settings: Settings, *, detail: bool = False) -> 
 def _check_told_grid(record: GraphRecord, publisher: runtime.Publisher | None) -> None:
     """Say once that a graph which proves its grid, for this size of video, does not read that of the attachment."""
     told = publisher.told_grid if publisher is not None else None
+    if publisher is None or publisher.told_in_vain or told is None:
+        return
     rewritten = [site for site in record.sites if site.rewritten]
     other = next((s for s in rewritten if s.grid_source in ("graph", "rotary") and s.grid != told), None)
-    if publisher is None or publisher.told_in_vain or told is None or other is None:
-        return
-    if any(site.grid_source == "attach" for site in rewritten):  # of several resolutions it is one
+    if other is None or any(s.grid_source == "attach" for s in rewritten):  # of several resolutions it is one
         return
     publisher.told_in_vain = True
     logger.warning(

@@ -35,7 +35,7 @@ def _shuffled(cat: Cat) -> bool:
 
 
 def _whole(part: Axis) -> Axis | None:
-    """The axis that a run of its places or every so manieth of them is of."""
+    """The axis of which this is a run of places, or every n-th one; None if it is no such piece."""
     piece = part[0] if len(part) == 1 else None
     if isinstance(piece, Slice):
         return piece.whole

@@ -82,10 +82,7 @@ def wanted(
 ) -> list[tuple[Grid, float]]:
     """(tile, density) of a case's rows: the usual ones, those that these leave out, or all."""
     whole = list(itertools.product(case.tiles, densities))
-    if name == DETAILED:
-        seldom = []
-    else:
-        seldom = [(tile, density) for tile, density in whole if tile in LEFT_OUT or density in SELDOM]
+    seldom = [pair for pair in whole if name != DETAILED and (pair[0] in LEFT_OUT or pair[1] in SELDOM)]
     return {"usual": [pair for pair in whole if pair not in seldom], "more": seldom, "whole": whole}[which]
 
 

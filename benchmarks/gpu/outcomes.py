@@ -106,6 +106,17 @@ def flex_table(report: dict[str, Any]) -> str:
     return markdown(headings, lines)
 
 
+def untuned(report: dict[str, Any], case: str) -> str:
+    """How many times slower FlexAttention is in a case before it is tuned."""
+    times: dict[str, list[float]] = {}
+    for row in report["rows"]:
+        if row["case"] == case and "Flex" in row["kernel"]:
+            times.setdefault(row["kernel"], []).append(row["ms"])
+    before, after = times.values()
+    ratios = [a / b for a, b in zip(before, after, strict=True)]
+    return f"{min(ratios):.0f} to {max(ratios):.0f}"
+
+
 def tuned_table(report: dict[str, Any]) -> str:
     """What tuning found, and how long it took."""
     return markdown(
@@ -121,9 +132,31 @@ def tuned_table(report: dict[str, Any]) -> str:
     )  # fmt: skip
 
 
-def beside(rows: list[dict[str, Any]], predicted: list[dict[str, Any]]) -> tuple[str, str]:
-    """(table, rank correlation) of the rows that were both predicted and measured."""
-    lines, pairs, operands = [], [], []
+def starts(report: dict[str, Any]) -> str:
+    """Cycles of a program beside its steps, from the times of each tile at its highest and lowest density."""
+    predictions = load("gpu_predictions")
+    gpu = next(gpu for gpu in predictions["gpus"] if gpu["name"].startswith("H200"))
+    found = {}
+    for tile in dict.fromkeys(tuple(row["tile"]) for row in report["rows"] if row["case"] == CASE and row.get("tile")):
+        launches = [row for row in predictions["predictions"] if row["gpu"] == gpu["name"] and row["quant"] == "fp8"
+                    and tuple(row["tile"]) == tile]  # fmt: skip
+        if not launches:
+            continue
+        ends = []
+        for launch in (launches[0], launches[-1]):
+            row = next(row for row in report["rows"] if row["case"] == CASE and row.get("tile") == list(tile)
+                       and "fp8" in row["kernel"] and abs(row["density"] - launch["density"]) < 1e-3)  # fmt: skip
+            cycles = (row["ms"] - row["pre_ms"]) / 1e3 * gpu["clock_hz"] * gpu["multiprocessors"] / launch["programs"]
+            ends.append((launch["steps"] / launch["programs"], cycles))
+        (many, most), (few, least) = ends
+        found[tile] = launches[0]["programs_per_sm"] * (least * many - most * few) / (many - few)
+    return ", ".join(f"{text_of(tile)} {cycles:,.0f}" for tile, cycles in found.items())
+
+
+def beside(rows: list[dict[str, Any]], predicted: list[dict[str, Any]]) -> tuple[str, str, str]:
+    """(table, rank correlation, that of a model without what programs take beside their steps) of the rows that were
+    both predicted and measured."""
+    lines, found = [], []
     for row in rows:
         if row["case"] != CASE or not row.get("tile") or "failed" in row:
             continue
@@ -138,17 +171,21 @@ def beside(rows: list[dict[str, Any]], predicted: list[dict[str, Any]]) -> tuple
         item = min(same, key=lambda item: abs(item["density"] - row["density"]))
         if abs(item["density"] - row["density"]) > 0.06:
             continue
-        pairs.append((item["tflops_on_kept_pairs"], row["kept_tflops"]))
-        speeds = f"{pairs[-1][0]:.0f}", f"{pairs[-1][1]:.0f}", f"{pairs[-1][1] / pairs[-1][0]:.2f}"
-        operands.append("FP8" if quant == "fp8" else "bf16")
-        lines.append((text_of(row["tile"]), operands[-1], f"{row['density']:.3f}", *speeds))
+        found.append((item, row["kept_tflops"]))
+        speed = item["tflops_on_kept_pairs"]
+        speeds = f"{speed:.0f}", f"{row['kept_tflops']:.0f}", f"{row['kept_tflops'] / speed:.2f}"
+        lines.append((text_of(row["tile"]), "FP8" if quant == "fp8" else "bf16", f"{row['density']:.3f}", *speeds))
     table = markdown(("tile", "operands", "density", "predicted TFLOP/s", "measured", "ratio"), lines)
+    return table, _ranks(found, "tflops_on_kept_pairs"), _ranks(found, "tflops_of_steps_alone")
 
-    def of(chosen: str) -> str:
-        rows = [pair for pair, what in zip(pairs, operands, strict=True) if what in chosen]
-        return f"{spearman(*map(list, zip(*rows, strict=True))):.2f}"
 
-    return table, f"{of('FP8 bf16')} (FP8 alone {of('FP8')}, bf16 alone {of('bf16')})"
+def _ranks(found: list[tuple[dict[str, Any], float]], key: str) -> str:
+    """Rank correlation of (prediction, measured speed), and of those with FP8 and bf16 operands by themselves."""
+    of = {}
+    for quants in (("fp8", "none"), ("fp8",), ("none",)):
+        pairs = [(item[key], speed) for item, speed in found if item["quant"] in quants]
+        of[quants] = f"{spearman([a for a, _ in pairs], [b for _, b in pairs]):.2f}"
+    return "{} (FP8 alone {}, bf16 alone {})".format(*of.values())
 
 
 def step_table(profile: dict[str, Any]) -> str:
@@ -293,13 +330,16 @@ def page() -> str:
     report, more, plain = load("attention_gpu"), load("attention_gpu_more"), load("attention_gpu_bf16")
     # The rest have tables of their own; FlexAttention was compiled for any shape there, from the second case on.
     more["rows"] = [row for row in more["rows"] if "fps fp8" in row["kernel"] or "tile" not in row]
-    predicted, rank = beside(report["rows"] + plain["rows"], load("gpu_predictions")["predictions"])
+    compared = beside(report["rows"] + plain["rows"], load("gpu_predictions")["predictions"])
+    predicted, rank, rank_of_steps = compared
     functions = (measured_table, step_table, product_table, bound, model_table, memory, two_gpus, sizes_table, sizes,
-                 means, load, usual_tile, flex_table, tuned_table)  # fmt: skip
+                 means, load, usual_tile, flex_table, untuned, tuned_table,
+                 starts)  # fmt: skip
     environment = jinja2.Environment(undefined=jinja2.StrictUndefined, keep_trailing_newline=True)
     environment.globals.update({function.__name__: function for function in functions})
     return environment.from_string(TEXT.read_text()).render(
         report=report, machine=report["machine"], peaks=report["ceilings"], predicted=predicted, rank=rank,
+        rank_of_steps=rank_of_steps,
         more=more, plain=plain, flex=load("attention_gpu_flex"),
         profile=load("profile_model"), model=load("model_gpu"), tokens=f"{TOKENS:,}",
     )  # fmt: skip

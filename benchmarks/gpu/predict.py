@@ -103,6 +103,7 @@ def row(
     prediction = cost_model.predict(first.report, spec, first.config, gpu)
     problem, kept = problem_of(spec, density, rows_of(first.config, spec))
     kernel, prepass = cost_model.seconds(prediction, spec, problem, gpu)
+    steps_alone, _ = cost_model.seconds(prediction, spec, problem, gpu, start_cycles=0)
     dense = 4 * problem.tokens**2 * DIM * HEADS
     sdpa = dense / (SDPA_TFLOPS * 1e12)
     return {
@@ -115,6 +116,10 @@ def row(
         "kernel_ms": round(kernel * 1e3, 2),
         "prepass_ms": round(prepass * 1e3, 2),
         "tflops_on_kept_pairs": round(dense * kept / kernel / 1e12),
+        "programs": problem.programs,
+        "steps": problem.steps,
+        "programs_per_sm": prediction.programs_per_sm,
+        "tflops_of_steps_alone": round(dense * kept / steps_alone / 1e12),
         "tflops_with_prepass": round(dense * kept / (kernel + prepass) / 1e12),
         "limit": prediction.cycles.limit,
         "sdpa_bf16_ms_assumed": round(sdpa * 1e3, 1),

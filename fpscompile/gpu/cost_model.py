@@ -39,8 +39,7 @@ arXiv 2407.08608) is 0.65 of what this model, without the factor, gives the Hopp
 
 START_CYCLES = 9000
 """Of a program, beside its steps: until its first product, and after its last. From the times of the FP8 kernel on an
-H200 with tile 7x9x4 at densities 1.0 and 0.05 (``benchmarks/results/attention_gpu.json``). The other tiles' times there
-give 7600 to 10100."""
+H200 with tile 7x9x4 at densities 1.0 and 0.05; docs/performance_measured.md has what the other tiles' give."""
 
 
 @dataclass(frozen=True)
@@ -238,7 +237,9 @@ class Problem:
     """Query-key pairs of one head that the mask keeps, padding aside."""
 
 
-def seconds(prediction: Prediction, spec: KernelSpec, problem: Problem, gpu: Gpu = H100) -> tuple[float, float]:
+def seconds(
+    prediction: Prediction, spec: KernelSpec, problem: Problem, gpu: Gpu = H100, *, start_cycles: float = START_CYCLES
+) -> tuple[float, float]:
     """(attention kernel, FP8 pre-pass): seconds.
 
     The kernel: steps at the predicted rate and what programs take beside them, which others on the same SM fill, plus
@@ -250,7 +251,7 @@ def seconds(prediction: Prediction, spec: KernelSpec, problem: Problem, gpu: Gpu
     slots = gpu.multiprocessors * prediction.programs_per_sm
     rounds = problem.programs / slots
     tail = math.ceil(rounds) / rounds
-    starts = problem.programs * START_CYCLES / prediction.programs_per_sm / gpu.clock_hz
+    starts = problem.programs * start_cycles / prediction.programs_per_sm / gpu.clock_hz
     kernel = (problem.steps * groups * per_sm_step + starts) / gpu.multiprocessors * tail
     if spec.quant != "fp8":
         return kernel, 0.0
