@@ -264,8 +264,11 @@ def flex_gpu(report: dict[str, Any]) -> list[Row]:
     out = []
     tuned = [row for row in report["rows"] if row["kernel"] == "FlexAttention bf16, autotuned"]
     for peer in (row for row in tuned if 0.15 < row["density"] < 0.25):
-        alike = (peer["case"], peer["density"])
-        ours = next(row for row in report["rows"] if (row["case"], row["density"]) == alike and "fp8" in row["kernel"])
+        ours = next(
+            row
+            for row in report["rows"]
+            if all(row.get(key) == peer[key] for key in ("case", "tile", "density")) and "fp8" in row["kernel"]
+        )
         what = (
             f"{peer['case']}, density {peer['density']:.2f}, tile {'x'.join(map(str, peer['tile']))}: FP8 attention "
             "against autotuned FlexAttention in bf16 with the same mask, its tokens in tile order beforehand"

@@ -74,7 +74,8 @@ LEFT_OUT = (4, 4, 4), (2, 8, 8), (6, 8, 8)
 """Tiles, and densities, that other cases have with ``--more`` only."""
 SELDOM = 0.5, 0.09, 0.05
 FLEX = {"FlexAttention bf16": None, "FlexAttention bf16, autotuned": "max-autotune-no-cudagraphs"}
-"""FlexAttention by the mode that it is compiled in. It is compiled, and tuned, once per case: masks are operands."""
+"""FlexAttention by the mode that it is compiled in. It is compiled, and tuned, once per case and
+number of blocks: masks are operands."""
 
 
 def wanted(
@@ -156,11 +157,11 @@ def flex(
     shape = (*q.shape[:3], v.shape[-1])
     q, k, v = (x[:, :, token].contiguous() for x in (q, k, v))
     valid = tables.q_token >= 0
-    keys = tables.keys
-    per_tile = tables.slots // 128
+    keys, block = tables.keys, tables.unit
+    per_tile = tables.slots // block
     count = keys.count[0, 0].repeat_interleave(per_tile)[None, None]
     index = keys.index[0, 0].repeat_interleave(per_tile, dim=0)[None, None].contiguous()
-    columns = index.new_zeros(*index.shape[:3], valid.numel() // 128)
+    columns = index.new_zeros(*index.shape[:3], valid.numel() // block)
     columns[..., : index.shape[-1]] = index
 
     def held(b: Any, h: Any, i: Any, j: Any) -> Any:
@@ -168,7 +169,7 @@ def flex(
 
     compiled = torch.compile(flex_attention, dynamic=False, mode=mode)
     try:
-        mask = BlockMask.from_kv_blocks(count, columns, BLOCK_SIZE=128, mask_mod=held)
+        mask = BlockMask.from_kv_blocks(count, columns, BLOCK_SIZE=block, mask_mod=held)
         out = compiled(q, k, v, block_mask=mask)
     except Exception as error:
         print(f"  FlexAttention: {type(error).__name__} {str(error)[:200]}")
@@ -214,8 +215,8 @@ def ours(
     name: str, case: Case, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, pool: Any, *, with_flex: bool,
     pairs: list[tuple[Grid, float]], quants: tuple[str, ...],
 ) -> Iterator[Timed]:  # fmt: skip
-    """Our kernels on one case, and FlexAttention for those that are sparse, with 4x8x8 tiles; a row that
-    failed has the reason under "failed"."""
+    """Our kernels on one case, and FlexAttention for those that are sparse; a row that failed has the reason under
+    "failed"."""
     phase = torch.zeros(1, dtype=torch.int32, device="cuda")
     scale = case.dim**-0.5
     for (tile, density), quant in itertools.product(pairs, quants):
@@ -247,7 +248,7 @@ def ours(
             row["failed"] = f"{type(error).__name__}: {error}"[:300]
             timed = call
         yield row, timed
-        if with_flex and quant == "fp8" and density < 1.0 and tile == (4, 8, 8):
+        if with_flex and quant == "fp8" and density < 1.0:
             for kernel, mode in FLEX.items():
                 found = flex(q, k, v, resolved, mode)
                 if found is not None:
@@ -303,7 +304,7 @@ def main() -> None:
                            help="only what is left out without: see LEFT_OUT, SELDOM")  # fmt: skip
     rows_made.add_argument("--whole", action="store_const", dest="which", const="whole",
                            help="every tile at every density")  # fmt: skip
-    parser.add_argument("--flex", action="store_true", help="also FlexAttention, with 4x8x8 tiles")
+    parser.add_argument("--flex", action="store_true", help="also FlexAttention under each of the masks")
     parser.add_argument("--rounds", type=int, default=3, help="times that each kernel of a case gets its turn")
     parser.add_argument("--quants", nargs="+", choices=("fp8", "none"), default=("fp8", "none"))
     parser.add_argument("--json", default=None)

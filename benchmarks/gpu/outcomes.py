@@ -93,15 +93,15 @@ def usual_tile(report: dict[str, Any]) -> str:
 
 def flex_table(report: dict[str, Any]) -> str:
     """Milliseconds of ours and of FlexAttention under the same masks."""
-    headings = ("case", "density", "fps, FP8", "FlexAttention, bf16", "autotuned", "fps against the faster",
+    headings = ("case", "tile", "density", "fps, FP8", "FlexAttention, bf16", "autotuned", "fps against the faster",
                 "error of fps", "error of FlexAttention")  # fmt: skip
     lines = []
     sparse = [row for row in report["rows"] if row.get("tile") and "failed" not in row]
-    for case, density in dict.fromkeys((row["case"], row["density"]) for row in sparse):
-        ours, *peers = (row for row in sparse if (row["case"], row["density"]) == (case, density))
+    for mask in dict.fromkeys((row["case"], text_of(row["tile"]), row["density"]) for row in sparse):
+        ours, *peers = (row for row in sparse if (row["case"], text_of(row["tile"]), row["density"]) == mask)
         times = [f"{row['ms']:.2f}" for row in (ours, *peers)]
         gain = min(row["ms"] for row in peers) / ours["ms"]
-        lines.append([case, f"{density:.3f}", *times, *[""] * (2 - len(peers)), f"{gain:.2f}x",
+        lines.append([*mask[:2], f"{mask[2]:.3f}", *times, *[""] * (2 - len(peers)), f"{gain:.2f}x",
                       f"{ours['error']:.4f}", f"{peers[0]['error']:.4f}"])  # fmt: skip
     return markdown(headings, lines)
 

@@ -54,13 +54,14 @@ def test_a_graph_keeps_the_operands_of_its_call(table: ModuleType, monkeypatch: 
     assert operand() is None
 
 
-def test_flex_attention_has_the_same_mask(table: ModuleType) -> None:
-    """A peer that attends to less, or to padding, would be no peer."""
-    case = table.Case((6, 10, 9), 37, 2, 64, ((4, 8, 8),))
+@pytest.mark.parametrize("tile", [(4, 8, 8), (4, 4, 4), (3, 5, 16)], ids=str)
+def test_flex_attention_has_the_same_mask(table: ModuleType, tile: tuple[int, int, int]) -> None:
+    """A peer that attends to less, or to padding, would be no peer. Tiles of 64 tokens take blocks of 64."""
+    case = table.Case((6, 10, 9), 37, 2, 64, (tile,))
     q, k, v = (torch.randn(1, case.length, case.heads, case.dim, device=DEVICE).transpose(1, 2) for _ in range(3))
     sparse, dense = (
         resolve(
-            Plan(tile=(4, 8, 8), phases=(PhasePlan(density=density),), clamp=True, quant="fp8", lowering="triton"),
+            Plan(tile=tile, phases=(PhasePlan(density=density),), clamp=True, quant="fp8", lowering="triton"),
             case.grid, case.length, case.length,
         )
         for density in (0.4, 1.0)
