@@ -144,6 +144,27 @@ def test_measured_page_is_up_to_date(monkeypatch: pytest.MonkeyPatch, tmp_path: 
     assert (tmp_path / "page.md").read_text() == (ROOT / "docs" / "performance_measured.md").read_text()
 
 
+def flex_rows(tile: list[int], ours: float, plain: float | None, tuned: float) -> list[dict[str, Any]]:
+    times = {"fps fp8 (hopper)": ours, "FlexAttention bf16": plain, "FlexAttention bf16, autotuned": tuned}
+    alike = {"case": "Wan 14B 720p", "tile": tile, "density": 0.2, "pre_share": 0.1, "error": 0.05}
+    refused = {"case": "Wan 14B 720p", "tile": tile, "density": 0.2, "failed": "ValueError"}
+    return [
+        {"kernel": kernel} | (refused if ms is None else alike | {"ms": ms}) for kernel, ms in times.items()
+    ]  # fmt: skip
+
+
+def test_flex_attention_is_compared_at_its_best(figures: ModuleType) -> None:
+    """Of the two ways to compile it the faster counts, and a mask that one refuses is still compared."""
+    outcomes = scripts.load("benchmarks/gpu/outcomes.py")
+    report = {"rows": flex_rows([4, 4, 4], 10, None, 30) + flex_rows([7, 9, 4], 10, 15, 20)}
+    *_, refused, both = outcomes.flex_table(report).splitlines()
+    assert "| 4x4x4 | 0.200 | 10.00 | refused | 30.00 | 3.00x |" in refused
+    assert "| 7x9x4 | 0.200 | 10.00 | 15.00 | 20.00 | 1.50x |" in both
+    ((what, figure, _),) = figures.flex_gpu(report)
+    assert "tile 7x9x4" in what
+    assert figure == "2.00x (20.0 ms to 10.0 ms), 2.00x to 3.00x over 2 tiles"
+
+
 def test_fill_keeps_the_rest(figures: ModuleType) -> None:
     text = f"before\n{figures.START}\nold\n{figures.END}\nafter\n"
     assert figures.fill(text, "new") == text.replace("old", "new")

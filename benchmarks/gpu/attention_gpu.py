@@ -1,7 +1,7 @@
 """The attention kernels on one GPU against every dense bf16 SDPA backend, FlexAttention and our own bf16 form.
 
     python benchmarks/gpu/attention_gpu.py [--cases NAME ...] [--fitting | --tile T H W] [--more | --whole] [--flex]
-        [--quants fp8 none] [--rounds N] [--json PATH]
+        [--quants fp8 none] [--rounds N] [--json PATH [--add]]
 
 Every kernel is timed as a CUDA graph, on random data, by CUDA events: small cases would else measure how fast Python
 launches. Interleaved: every round times every kernel of a case for about as long, so that all meet the card equally
@@ -145,17 +145,23 @@ def peers(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, pool: Any) -> dict[
     return found
 
 
+def in_tile_order(resolved: ResolvedPlan, *parts: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """Tensors [B, H, L, D] with their tokens in tile order, padded to whole blocks by copies of the first token."""
+    token = tables_of(resolved, parts[0].device).q_token.long().clamp(min=0)
+    return tuple(x[:, :, token].contiguous() for x in parts)
+
+
 def flex(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, resolved: ResolvedPlan, mode: str | None = None
-) -> tuple[Callable[[], object], torch.Tensor] | None:
-    """FlexAttention with the same mask, tokens already in tile order and padded to whole blocks, compiled for just
-    these shapes in ``mode``; with it, what it gave, in the sequence's order. None if it fails."""
+) -> tuple[Callable[[], object], torch.Tensor]:
+    """FlexAttention of :func:`in_tile_order` tokens with the same mask, compiled for just these shapes in ``mode``;
+    with it, what it gave, in the sequence's order.
+
+    Raises what compiling it raises: its default config refuses blocks of 64.
+    """
     from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
     tables = tables_of(resolved, q.device)
-    token = tables.q_token.long().clamp(min=0)
-    shape = (*q.shape[:3], v.shape[-1])
-    q, k, v = (x[:, :, token].contiguous() for x in (q, k, v))
     valid = tables.q_token >= 0
     keys, block = tables.keys, tables.unit
     per_tile = tables.slots // block
@@ -168,14 +174,11 @@ def flex(
         return valid[j]
 
     compiled = torch.compile(flex_attention, dynamic=False, mode=mode)
-    try:
-        mask = BlockMask.from_kv_blocks(count, columns, BLOCK_SIZE=block, mask_mod=held)
+    mask = BlockMask.from_kv_blocks(count, columns, BLOCK_SIZE=block, mask_mod=held)
+    with torch._dynamo.config.patch(recompile_limit=64):  # one per tile and mode is more than the default's 8
         out = compiled(q, k, v, block_mask=mask)
-    except Exception as error:
-        print(f"  FlexAttention: {type(error).__name__} {str(error)[:200]}")
-        return None
-    in_order = out.new_empty(shape)
-    in_order[:, :, token[valid]] = out[:, :, valid]
+    in_order = out.new_empty((*q.shape[:2], resolved.q_layout.length, v.shape[-1]))
+    in_order[:, :, tables.q_token[valid].long()] = out[:, :, valid]
     return lambda: compiled(q, k, v, block_mask=mask), in_order
 
 
@@ -189,6 +192,10 @@ def error_against_float32(out: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v
     scores = scores.masked_fill(~dense[q_tile[rows]][:, k_tile], float("-inf"))
     expected = scores.softmax(-1) @ v[0, 0].float()
     return ((out[0, 0, rows].float() - expected).norm() / expected.norm()).item()
+
+
+def failure(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}"[:300]
 
 
 def block_factor(resolved: ResolvedPlan, block_m: int) -> float:
@@ -219,6 +226,7 @@ def ours(
     "failed"."""
     phase = torch.zeros(1, dtype=torch.int32, device="cuda")
     scale = case.dim**-0.5
+    ordered: dict[Grid, tuple[torch.Tensor, ...]] = {}  # by tile: a copy for every mask would not fit the card
     for (tile, density), quant in itertools.product(pairs, quants):
         plan = Plan(tile=tile, phases=(PhasePlan(density=density),), clamp=True, quant=quant, lowering="triton")
         resolved = resolve(plan, case.grid, case.length, case.length)
@@ -245,16 +253,21 @@ def ours(
                 pack()
                 row["pre_ms"] = time_ms(graphed(pack, pool))
         except Exception as error:
-            row["failed"] = f"{type(error).__name__}: {error}"[:300]
+            row["failed"] = failure(error)
             timed = call
         yield row, timed
         if with_flex and quant == "fp8" and density < 1.0:
+            if tile not in ordered:
+                ordered[tile] = in_tile_order(resolved, q, k, v)
             for kernel, mode in FLEX.items():
-                found = flex(q, k, v, resolved, mode)
-                if found is not None:
-                    error = error_against_float32(found[1], q, k, v, resolved)
-                    alike = {key: row[key] for key in ("case", "tile", "density")}
-                    yield alike | {"kernel": kernel, "error": error}, graphed(found[0], pool)
+                row = {key: row[key] for key in ("case", "tile", "density")} | {"kernel": kernel}
+                try:
+                    run, out = flex(*ordered[tile], resolved, mode)
+                    row["error"] = error_against_float32(out, q, k, v, resolved)
+                    timed = graphed(run, pool)
+                except Exception as error:
+                    row["failed"] = failure(error)
+                yield row, timed
 
 
 def rows_of(
@@ -293,6 +306,30 @@ def show(row: dict[str, Any], peak: float) -> None:
     )
 
 
+def earlier(path: Path, machine: dict[str, str]) -> dict[str, Any]:
+    """The report at ``path``, which new rows are added to.
+
+    Raises:
+        ValueError: it is of another GPU, torch or Triton.
+    """
+    report: dict[str, Any] = json.loads(path.read_text())
+    if report["machine"] != machine:
+        raise ValueError(f"{path} is of {report['machine']}, this run of {machine}: give --json another file")
+    only = {"cases": sorted({row["case"] for row in report["rows"]})}
+    report.setdefault("runs", [only | {key: report[key] for key in ("ceilings", "rounds")}])
+    return report
+
+
+def added(there: dict[str, Any], report: dict[str, Any]) -> dict[str, Any]:
+    """``report`` with the rows that ``there`` has of other cases. Each of its "runs" has ceilings and rounds of its
+    own; those at the top are the last one's."""
+    cases = {row["case"] for row in report["rows"]}
+    rows = [row for row in there["rows"] if row["case"] not in cases] + report["rows"]
+    rows.sort(key=lambda row: list(CASES).index(row["case"]))
+    runs = [run | {"cases": [case for case in run["cases"] if case not in cases]} for run in there["runs"]]
+    return report | {"rows": rows, "runs": [run for run in runs if run["cases"]] + report["runs"]}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cases", nargs="+", default=list(CASES))
@@ -307,12 +344,14 @@ def main() -> None:
     parser.add_argument("--flex", action="store_true", help="also FlexAttention under each of the masks")
     parser.add_argument("--rounds", type=int, default=3, help="times that each kernel of a case gets its turn")
     parser.add_argument("--quants", nargs="+", choices=("fp8", "none"), default=("fp8", "none"))
-    parser.add_argument("--json", default=None)
+    parser.add_argument("--json", type=Path, default=None)
+    parser.add_argument("--add", action="store_true", help="keep the file's rows of other cases")
     options = parser.parse_args()
     torch.manual_seed(0)
+    machine = {"gpu": torch.cuda.get_device_name(), "torch": torch.__version__, "triton": triton.__version__}
+    there = earlier(options.json, machine) if options.add and options.json and options.json.exists() else None
     peaks = ceilings()
     print("ceilings:", {name: round(value, 2) for name, value in peaks.items()}, flush=True)
-    machine = {"gpu": torch.cuda.get_device_name(), "torch": torch.__version__, "triton": triton.__version__}
     report = {"benchmark": "attention_gpu", "machine": machine, "ceilings": peaks, "rounds": options.rounds}
     rows: list[dict[str, Any]] = []
     for name in options.cases:
@@ -335,8 +374,14 @@ def main() -> None:
         except Exception as error:  # the other cases are worth having
             print(f"{name}: {type(error).__name__}: {error}"[:400], flush=True)
         torch.cuda.empty_cache()
-        if options.json:
-            Path(options.json).write_text(json.dumps(report | {"rows": rows}, indent=1))
+        if options.json and rows:
+            run = {
+                "cases": list(dict.fromkeys(row["case"] for row in rows)),
+                "ceilings": peaks,
+                "rounds": options.rounds,
+            }
+            whole = report | {"rows": rows, "runs": [run]}
+            options.json.write_text(json.dumps(added(there, whole) if there else whole, indent=1))
 
 
 if __name__ == "__main__":

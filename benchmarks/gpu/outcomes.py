@@ -91,29 +91,61 @@ def usual_tile(report: dict[str, Any]) -> str:
     return f"{row['speedup']:.2f}x ({row['kept_tflops']:.0f})"
 
 
+FLEX, TUNED = "FlexAttention bf16", "FlexAttention bf16, autotuned"
+Mask = tuple[str, str, float]
+
+
+def by_mask(report: dict[str, Any]) -> dict[Mask, dict[str, dict[str, Any]]]:
+    """Rows that ran by (case, tile, density), then by kernel: "fps" or FlexAttention's."""
+    found: dict[Mask, dict[str, dict[str, Any]]] = {}
+    for row in report["rows"]:
+        if row.get("tile") and "failed" not in row:
+            kernel = "fps" if row["kernel"].startswith("fps") else row["kernel"]
+            found.setdefault((row["case"], text_of(row["tile"]), row["density"]), {})[kernel] = row
+    return found
+
+
+def gain(kernels: dict[str, dict[str, Any]]) -> float:
+    """How much faster ours is than the faster FlexAttention under a mask."""
+    return float(min(kernels[peer]["ms"] for peer in (FLEX, TUNED) if peer in kernels) / kernels["fps"]["ms"])
+
+
 def flex_table(report: dict[str, Any]) -> str:
     """Milliseconds of ours and of FlexAttention under the same masks."""
     headings = ("case", "tile", "density", "fps, FP8", "FlexAttention, bf16", "autotuned", "fps against the faster",
                 "error of fps", "error of FlexAttention")  # fmt: skip
-    lines = []
-    sparse = [row for row in report["rows"] if row.get("tile") and "failed" not in row]
-    for mask in dict.fromkeys((row["case"], text_of(row["tile"]), row["density"]) for row in sparse):
-        ours, *peers = (row for row in sparse if (row["case"], text_of(row["tile"]), row["density"]) == mask)
-        times = [f"{row['ms']:.2f}" for row in (ours, *peers)]
-        gain = min(row["ms"] for row in peers) / ours["ms"]
-        lines.append([*mask[:2], f"{mask[2]:.3f}", *times, *[""] * (2 - len(peers)), f"{gain:.2f}x",
-                      f"{ours['error']:.4f}", f"{peers[0]['error']:.4f}"])  # fmt: skip
-    return markdown(headings, lines)
+    return markdown(headings, [
+        (case, tile, f"{density:.3f}",
+         *(f"{kernels[kernel]['ms']:.2f}" if kernel in kernels else "refused" for kernel in ("fps", FLEX, TUNED)),
+         f"{gain(kernels):.2f}x", f"{kernels['fps']['error']:.4f}", f"{kernels[TUNED]['error']:.4f}")
+        for (case, tile, density), kernels in by_mask(report).items()
+    ])  # fmt: skip
+
+
+ASKED = {0.5: (0.4, 0.6), 0.2: (0.15, 0.25), 0.1: (0.07, 0.11), 0.05: (0.0, 0.06)}
+"""Densities that the runs beside FlexAttention asked for, and between what tiles rounded them to."""
+
+
+def flex_gains(report: dict[str, Any]) -> str:
+    """The range of :func:`gain` over all cases and tiles, by the density asked for."""
+    parts = []
+    for asked, (low, high) in ASKED.items():
+        gains = [gain(kernels) for mask, kernels in by_mask(report).items() if low < mask[2] < high]
+        parts.append(f"{min(gains):.2f}x to {max(gains):.2f}x at density {asked:g}")
+    return f"{', '.join(parts[:-1])} and {parts[-1]}"
+
+
+def flex_pre(report: dict[str, Any]) -> str:
+    """The range of the pre-pass's share at the last of :data:`ASKED`."""
+    low, high = ASKED[0.05]
+    shares = [kernels["fps"]["pre_share"] for mask, kernels in by_mask(report).items() if low < mask[2] < high]
+    return f"{min(shares):.0%} to {max(shares):.0%}"
 
 
 def untuned(report: dict[str, Any], case: str) -> str:
     """How many times slower FlexAttention is in a case before it is tuned."""
-    times: dict[str, list[float]] = {}
-    for row in report["rows"]:
-        if row["case"] == case and "Flex" in row["kernel"]:
-            times.setdefault(row["kernel"], []).append(row["ms"])
-    before, after = times.values()
-    ratios = [a / b for a, b in zip(before, after, strict=True)]
+    masks = (kernels for mask, kernels in by_mask(report).items() if mask[0] == case and FLEX in kernels)
+    ratios = [kernels[FLEX]["ms"] / kernels[TUNED]["ms"] for kernels in masks]
     return f"{min(ratios):.0f} to {max(ratios):.0f}"
 
 
@@ -333,8 +365,8 @@ def page() -> str:
     compared = beside(report["rows"] + plain["rows"], load("gpu_predictions")["predictions"])
     predicted, rank, rank_of_steps = compared
     functions = (measured_table, step_table, product_table, bound, model_table, memory, two_gpus, sizes_table, sizes,
-                 means, load, usual_tile, flex_table, untuned, tuned_table,
-                 starts)  # fmt: skip
+                 means, load, usual_tile, flex_table, flex_gains, flex_pre, untuned,
+                 tuned_table, starts)  # fmt: skip
     environment = jinja2.Environment(undefined=jinja2.StrictUndefined, keep_trailing_newline=True)
     environment.globals.update({function.__name__: function for function in functions})
     return environment.from_string(TEXT.read_text()).render(

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import json
 import weakref
+from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 import scripts
@@ -32,6 +35,28 @@ def test_more_is_what_the_table_leaves_out(table: ModuleType) -> None:
     assert table.wanted(table.DETAILED, detailed, table.DENSITIES, "more") == []
 
 
+def test_rows_of_other_cases_are_kept(table: ModuleType, tmp_path: Path) -> None:
+    def report(rounds: int, *cases: str) -> dict[str, Any]:
+        rows = [{"case": case, "rounds": rounds} for case in cases]
+        run = {"cases": list(cases), "ceilings": {"bf16_tflops": rounds}, "rounds": rounds}
+        return {"machine": {"gpu": "one"}, "ceilings": run["ceilings"], "rounds": rounds, "rows": rows, "runs": [run]}
+
+    path = tmp_path / "report.json"
+    before = report(1, "Wan 14B 480p", "CogVideoX")
+    del before["runs"]  # as files were before they were added to
+    path.write_text(json.dumps(before))
+    there = table.earlier(path, {"gpu": "one"})
+    found = table.added(there, report(2, "CogVideoX", "Wan 14B 720p"))
+    assert [(row["case"], row["rounds"]) for row in found["rows"]] == [
+        ("Wan 14B 720p", 2), ("Wan 14B 480p", 1), ("CogVideoX", 2)
+    ]  # fmt: skip
+    assert [(run["cases"], run["rounds"]) for run in found["runs"]] == [
+        (["Wan 14B 480p"], 1), (["CogVideoX", "Wan 14B 720p"], 2)
+    ]  # fmt: skip
+    with pytest.raises(ValueError, match=r"report\.json is of .*one.*this run of .*other.*--json"):
+        table.earlier(path, {"gpu": "other"})
+
+
 def test_a_graph_keeps_the_operands_of_its_call(table: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
     """It reads addresses: memory that was handed out again would be taken for lists of keys."""
 
@@ -56,7 +81,8 @@ def test_a_graph_keeps_the_operands_of_its_call(table: ModuleType, monkeypatch: 
 
 @pytest.mark.parametrize("tile", [(4, 8, 8), (4, 4, 4), (3, 5, 16)], ids=str)
 def test_flex_attention_has_the_same_mask(table: ModuleType, tile: tuple[int, int, int]) -> None:
-    """A peer that attends to less, or to padding, would be no peer. Tiles of 64 tokens take blocks of 64."""
+    """A peer that attends to less, or to padding, would be no peer. Tiles of 64 tokens take blocks of 64, which
+    FlexAttention's default config on a GPU refuses."""
     case = table.Case((6, 10, 9), 37, 2, 64, (tile,))
     q, k, v = (torch.randn(1, case.length, case.heads, case.dim, device=DEVICE).transpose(1, 2) for _ in range(3))
     sparse, dense = (
@@ -66,6 +92,7 @@ def test_flex_attention_has_the_same_mask(table: ModuleType, tile: tuple[int, in
         )
         for density in (0.4, 1.0)
     )  # fmt: skip
-    _, found = table.flex(q, k, v, sparse)
+    mode = "max-autotune-no-cudagraphs" if DEVICE == "cuda" and tile == (4, 4, 4) else None
+    _, found = table.flex(*table.in_tile_order(sparse, q, k, v), sparse, mode)
     assert table.error_against_float32(found, q, k, v, sparse) < TOLERANCE
     assert table.error_against_float32(found, q, k, v, dense) > 0.1
