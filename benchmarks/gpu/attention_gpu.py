@@ -1,7 +1,7 @@
 """The attention kernels on one GPU against every dense bf16 SDPA backend, FlexAttention and our own bf16 form.
 
-    python benchmarks/gpu/attention_gpu.py [--cases NAME ...] [--fitting | --tile T H W] [--more | --whole] [--flex]
-        [--quants fp8 none] [--rounds N] [--json PATH [--add]]
+    python benchmarks/gpu/attention_gpu.py [--cases NAME ...] [--fitting | --tile T H W] [--more | --whole]
+        [--flex [default autotuned given]] [--quants fp8 none] [--rounds N] [--json PATH [--add]]
 
 Every kernel is timed as a CUDA graph, on random data, by CUDA events: small cases would else measure how fast Python
 launches. Interleaved: every round times every kernel of a case for about as long, so that all meet the card equally
@@ -73,9 +73,13 @@ DENSITIES = (1.0, 0.5, 0.2, 0.1, 0.09, 0.05)
 LEFT_OUT = (4, 4, 4), (2, 8, 8), (6, 8, 8)
 """Tiles, and densities, that other cases have with ``--more`` only."""
 SELDOM = 0.5, 0.09, 0.05
-FLEX = {"FlexAttention bf16": None, "FlexAttention bf16, autotuned": "max-autotune-no-cudagraphs"}
-"""FlexAttention by the mode that it is compiled in. It is compiled, and tuned, once per case and
-number of blocks: masks are operands."""
+FLEX: dict[str, dict[str, Any]] = {
+    "default": {},
+    "autotuned": {"mode": "max-autotune-no-cudagraphs"},
+    "given": {"kernel_options": {"BLOCK_M": 64, "BLOCK_N": 64, "num_warps": 4, "num_stages": 3}},
+}
+"""How FlexAttention is compiled: as it is; autotuned; with the config that autotuning found for every case here on an
+H200, to spare the minute that it takes. Once per case and number of blocks: masks are operands."""
 
 
 def wanted(
@@ -152,10 +156,15 @@ def in_tile_order(resolved: ResolvedPlan, *parts: torch.Tensor) -> tuple[torch.T
 
 
 def flex(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, resolved: ResolvedPlan, mode: str | None = None
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    resolved: ResolvedPlan,
+    mode: str | None = None,
+    kernel_options: dict[str, Any] | None = None,
 ) -> tuple[Callable[[], object], torch.Tensor]:
-    """FlexAttention of :func:`in_tile_order` tokens with the same mask, compiled for just these shapes in ``mode``;
-    with it, what it gave, in the sequence's order.
+    """FlexAttention of :func:`in_tile_order` tokens with the same mask, compiled for just these shapes as an entry of
+    :data:`FLEX` tells; with it, what it gave, in the sequence's order.
 
     Raises what compiling it raises: its default config refuses blocks of 64.
     """
@@ -176,10 +185,10 @@ def flex(
     compiled = torch.compile(flex_attention, dynamic=False, mode=mode)
     mask = BlockMask.from_kv_blocks(count, columns, BLOCK_SIZE=block, mask_mod=held)
     with torch._dynamo.config.patch(recompile_limit=64):  # one per tile and mode is more than the default's 8
-        out = compiled(q, k, v, block_mask=mask)
+        out = compiled(q, k, v, block_mask=mask, kernel_options=kernel_options)
     in_order = out.new_empty((*q.shape[:2], resolved.q_layout.length, v.shape[-1]))
     in_order[:, :, tables.q_token[valid].long()] = out[:, :, valid]
-    return lambda: compiled(q, k, v, block_mask=mask), in_order
+    return lambda: compiled(q, k, v, block_mask=mask, kernel_options=kernel_options), in_order
 
 
 def error_against_float32(out: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor,
@@ -219,11 +228,11 @@ Timed = tuple[dict[str, Any], Callable[[], object]]
 
 
 def ours(
-    name: str, case: Case, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, pool: Any, *, with_flex: bool,
+    name: str, case: Case, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, pool: Any, *, flexes: Collection[str],
     pairs: list[tuple[Grid, float]], quants: tuple[str, ...],
 ) -> Iterator[Timed]:  # fmt: skip
-    """Our kernels on one case, and FlexAttention for those that are sparse; a row that failed has the reason under
-    "failed"."""
+    """Our kernels on one case, and beside those in FP8 ``flexes``, of :data:`FLEX`; a row that failed has the reason
+    under "failed"."""
     phase = torch.zeros(1, dtype=torch.int32, device="cuda")
     scale = case.dim**-0.5
     ordered: dict[Grid, tuple[torch.Tensor, ...]] = {}  # by tile: a copy for every mask would not fit the card
@@ -256,13 +265,14 @@ def ours(
             row["failed"] = failure(error)
             timed = call
         yield row, timed
-        if with_flex and quant == "fp8" and density < 1.0:
+        if flexes and quant == "fp8":
             if tile not in ordered:
                 ordered[tile] = in_tile_order(resolved, q, k, v)
-            for kernel, mode in FLEX.items():
+            for how in flexes:
+                kernel = "FlexAttention bf16" if how == "default" else f"FlexAttention bf16, {how}"
                 row = {key: row[key] for key in ("case", "tile", "density")} | {"kernel": kernel}
                 try:
-                    run, out = flex(*ordered[tile], resolved, mode)
+                    run, out = flex(*ordered[tile], resolved, **FLEX[how])
                     row["error"] = error_against_float32(out, q, k, v, resolved)
                     timed = graphed(run, pool)
                 except Exception as error:
@@ -271,7 +281,13 @@ def ours(
 
 
 def rows_of(
-    name: str, case: Case, *, with_flex: bool, pairs: list[tuple[Grid, float]], quants: tuple[str, ...], rounds: int
+    name: str,
+    case: Case,
+    *,
+    flexes: Collection[str],
+    pairs: list[tuple[Grid, float]],
+    quants: tuple[str, ...],
+    rounds: int,
 ) -> list[dict[str, Any]]:
     """All rows of a case, timed in turn."""
     torch.compiler.reset()  # else FlexAttention's masks of several cases would be more than one function may have
@@ -281,7 +297,7 @@ def rows_of(
         ({"case": name, "kernel": backend, "density": 1.0}, call) for backend, call in peers(q, k, v, pool).items()
     ]
     dense = range(len(timed))
-    timed += ours(name, case, q, k, v, pool, with_flex=with_flex, pairs=pairs, quants=quants)
+    timed += ours(name, case, q, k, v, pool, flexes=flexes, pairs=pairs, quants=quants)
     running = [index for index, (row, _) in enumerate(timed) if "failed" not in row]
     times = [{index: time_ms(timed[index][1]) for index in running} for _ in range(rounds)]
     flop = 4 * case.length**2 * case.dim * case.heads
@@ -341,12 +357,15 @@ def main() -> None:
                            help="only what is left out without: see LEFT_OUT, SELDOM")  # fmt: skip
     rows_made.add_argument("--whole", action="store_const", dest="which", const="whole",
                            help="every tile at every density")  # fmt: skip
-    parser.add_argument("--flex", action="store_true", help="also FlexAttention under each of the masks")
+    parser.add_argument("--flex", nargs="*", choices=FLEX, default=(),
+                        help="also FlexAttention under each of the masks, beside FP8, compiled as named; with no name,"
+                             " by default and autotuned")  # fmt: skip
     parser.add_argument("--rounds", type=int, default=3, help="times that each kernel of a case gets its turn")
     parser.add_argument("--quants", nargs="+", choices=("fp8", "none"), default=("fp8", "none"))
     parser.add_argument("--json", type=Path, default=None)
     parser.add_argument("--add", action="store_true", help="keep the file's rows of other cases")
     options = parser.parse_args()
+    flexes = list(FLEX)[:2] if options.flex == [] else options.flex
     torch.manual_seed(0)
     machine = {"gpu": torch.cuda.get_device_name(), "torch": torch.__version__, "triton": triton.__version__}
     there = earlier(options.json, machine) if options.add and options.json and options.json.exists() else None
@@ -365,9 +384,7 @@ def main() -> None:
                 pairs = wanted(name, case, options.densities, options.which)
             if not pairs:
                 continue
-            found = rows_of(
-                name, case, with_flex=options.flex, pairs=pairs, quants=tuple(options.quants), rounds=options.rounds
-            )
+            found = rows_of(name, case, flexes=flexes, pairs=pairs, quants=tuple(options.quants), rounds=options.rounds)
             rows += found
             for row in found:
                 show(row, peaks["fp8_tflops"])
