@@ -91,6 +91,15 @@ def usual_tile(report: dict[str, Any]) -> str:
     return f"{row['speedup']:.2f}x ({row['kept_tflops']:.0f})"
 
 
+def sparse_efficiency(report: dict[str, Any], tile: list[int]) -> str:
+    """Time at density 1 times the density, over the time, of :data:`CASE` in FP8, by density."""
+    rows = [row for row in report["rows"] if row["case"] == CASE and "fp8" in row["kernel"] and row["tile"] == tile]
+    dense = next(row["ms"] for row in rows if row["density"] == 1)
+    return ", ".join(
+        f"{dense * row['density'] / row['ms']:.0%} at {row['density']:.2g}" for row in rows if row["density"] < 1
+    )
+
+
 FLEX = "FlexAttention bf16"
 TUNED = f"{FLEX}, autotuned", f"{FLEX}, given"
 """With a config of its own tuning, or, at density 1, with the one that tuning found at the others."""
@@ -373,8 +382,8 @@ def page() -> str:
     compared = beside(report["rows"] + plain["rows"], load("gpu_predictions")["predictions"])
     predicted, rank, rank_of_steps = compared
     functions = (measured_table, step_table, product_table, bound, model_table, memory, two_gpus, sizes_table, sizes,
-                 means, load, usual_tile, flex_table, flex_gains, flex_pre, untuned,
-                 tuned_table, starts)  # fmt: skip
+                 means, load, usual_tile, sparse_efficiency, flex_table, flex_gains, flex_pre,
+                 untuned, tuned_table, starts)  # fmt: skip
     environment = jinja2.Environment(undefined=jinja2.StrictUndefined, keep_trailing_newline=True)
     environment.globals.update({function.__name__: function for function in functions})
     return environment.from_string(TEXT.read_text()).render(
