@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import functools
 import logging
-import math
 import reprlib
 import sys
 import threading
@@ -20,11 +19,14 @@ from typing import Any, SupportsIndex
 import torch
 from torch import nn
 from torch._dynamo.eval_frame import OptimizedModule
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.utils._pytree import tree_leaves
 
 from fpscompile import runtime
 from fpscompile.errors import GridError, OptionError
 from fpscompile.grid_of_call import GridReader
 from fpscompile.settings import three_sizes
+from fpscompile.step_of_call import StepReader
 from fpscompile.windows.checks import integer, tensor_given
 
 logger = logging.getLogger(__name__)
@@ -62,15 +64,16 @@ def attach(
         raise OptionError(f"scheduler={reprlib.repr(scheduler)} is a {type(scheduler).__name__}; {_NEEDED}")
     if isinstance(pipe_or_model, nn.Module):
         models = {type(_original(pipe_or_model)).__name__: pipe_or_model}
+        pipe = None
     else:
         models = _denoisers(pipe_or_model)
-        scheduler = scheduler if scheduler is not None else _scheduler_of(pipe_or_model)
+        pipe = pipe_or_model if scheduler is None and _scheduler_of(pipe_or_model) is not None else None
     if not models:
         raise OptionError(
             f"attach found no denoiser in {type(pipe_or_model).__name__}: pass a diffusers pipeline with a transformer "
             "or unet, or the module itself"
         )
-    return Attachment(models, scheduler, grid)
+    return Attachment(models, scheduler, grid, pipe)
 
 
 def _sizes(grid: Any) -> tuple[int, int, int]:
@@ -124,26 +127,34 @@ class Attachment:
     """A live link between a denoising loop and the compiled models it calls. Made by :func:`attach`."""
 
     def __init__(
-        self, models: dict[str, nn.Module], scheduler: Any, grid: tuple[int, int, int] | GridFunction | None
+        self,
+        models: dict[str, nn.Module],
+        scheduler: Any,
+        grid: tuple[int, int, int] | GridFunction | None,
+        pipe: Any = None,
     ) -> None:
         self.models = models
-        self.scheduler = scheduler
         self.busy = runtime.Busy(" and ".join(models))
         self.met: bool | None = None
         self.told_grid = None if callable(grid) else grid
         self.told_in_vain = False
         self.captured = False
         self._manual: float | None = None
+        self._detached = False
         self._undo: list[Callable[[], None]] = []
-        self._steps = _StepCounter.of(scheduler)
-        if self._steps is not None:
-            self._undo.append(self._steps.restore)
+        self._steps = StepReader(scheduler, pipe)
+        self._undo.append(self._steps.close)
         for model in models.values():
             reader = grid if callable(grid) else GridReader(_original(model), grid)
             self._undo += _hook(model, functools.partial(self._open, reader), functools.partial(self._close, model))
         runtime.own(self)
 
+    def _check_attached(self, what: str) -> None:
+        if self._detached:
+            raise OptionError(f"{what} of an attachment that was detached: call fpscompile.attach again")
+
     def __enter__(self) -> Attachment:
+        self._check_attached("with")
         return self
 
     def __exit__(
@@ -155,6 +166,7 @@ class Attachment:
         """Remove every hook. Compiled models go on with the timestep input, or with the densest phase."""
         while self._undo:
             self._undo.pop()()
+        self._detached = True
         if self.met is False:
             self._warn(" and ".join(self.models))
         runtime.disown(self)
@@ -162,7 +174,8 @@ class Attachment:
     def weights(self) -> Iterator[tuple[str, nn.Parameter]]:
         """(name in its model, weight) of all that is attached, as it is now."""
         for model in self.models.values():
-            yield from _original(model).named_parameters()
+            for name, weight in _original(model).named_parameters():
+                yield name.replace("_orig_mod.", ""), weight  # a block may be a compiled one
 
     def step(self, index: SupportsIndex, total: SupportsIndex) -> None:
         """Say by hand that step ``index`` of ``total`` is next; it holds until said anew, whatever the scheduler says.
@@ -171,7 +184,7 @@ class Attachment:
             index, total: ints, or what is one: integers of numpy, tensors of one integer.
 
         Raises:
-            OptionError: no integers, or not ``0 <= index < total``.
+            OptionError: no integers, not ``0 <= index < total``, or nothing is attached any more.
         """
         step, steps = integer(index), integer(total)
         if step is None or steps is None:
@@ -184,27 +197,21 @@ class Attachment:
             raise OptionError(f"step({step}, {steps}): total, the number of steps, must be >= 1")
         if not 0 <= step < steps:
             raise OptionError(f"step({step}, {steps}): the index must be in [0, {steps})")
+        self._check_attached("step")
         self._manual = step / steps
 
     def progress(self) -> float:
         """Denoising progress in [0, 1]; NaN when nothing tells it."""
         if self._manual is not None:
             return self._manual
-        if self.scheduler is None:
-            return math.nan
-        timesteps = getattr(self.scheduler, "timesteps", None)
-        total = len(timesteps) if timesteps is not None else 0
-        index = getattr(self.scheduler, "step_index", None)
-        if index is None:
-            index = getattr(self.scheduler, "begin_index", None)
-        if index is None:
-            index = self._steps.index if self._steps is not None else 0
-        return min(int(index), total) / total if total else math.nan
+        return self._steps.progress()
 
     def _open(self, reader: GridFunction, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         grid = reader(args, kwargs)
         if grid is not None:
             grid = _sizes(grid)
+        if self._manual is None:
+            self._steps.called(" and ".join(self.models))
         return runtime.open_call(self, grid)
 
     def _close(self, model: nn.Module, token: Any) -> None:
@@ -230,35 +237,6 @@ def _is_compiled(model: nn.Module) -> bool:
     return isinstance(model, OptimizedModule) or any(part._compiled_call_impl is not None for part in model.modules())
 
 
-class _StepCounter:
-    """Step index for schedulers that keep none (DDIM and kin): the place in ``timesteps`` after the last step."""
-
-    def __init__(self, scheduler: Any) -> None:
-        self.scheduler = scheduler
-        self.index = 0
-        self._step = scheduler.step
-        self._timesteps: Any = getattr(scheduler, "timesteps", None)
-        scheduler.step = self._counted
-
-    @classmethod
-    def of(cls, scheduler: Any) -> _StepCounter | None:
-        if scheduler is None or hasattr(scheduler, "step_index") or not hasattr(scheduler, "step"):
-            return None
-        return cls(scheduler)
-
-    def _counted(self, model_output: Any, timestep: Any, *args: Any, **kwargs: Any) -> Any:
-        result = self._step(model_output, timestep, *args, **kwargs)
-        timesteps = torch.as_tensor(self.scheduler.timesteps)
-        places = (timesteps == torch.as_tensor(timestep).to(timesteps.device)).nonzero()
-        # The next step follows the last equal entry: second-order schedulers list a timestep twice.
-        self.index = (int(places[0]) + 1) % max(len(timesteps), 1) if len(places) else self.index + 1
-        return result
-
-    def restore(self) -> None:
-        if self.scheduler.__dict__.get("step") == self._counted:
-            del self.scheduler.step
-
-
 def _hook(
     model: nn.Module, open_call: Callable[..., Any], close_call: Callable[[Any], None]
 ) -> list[Callable[[], None]]:
@@ -273,17 +251,19 @@ def _hook(
 
     def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         # Traced by Dynamo when the model itself is compiled: then the graph shows the grid, and progress is found
-        # through the owner of the weights.
+        # through the owner of the weights. ``is_compiling`` is no test of that: it holds in every thread while one
+        # compiles.
         # A deep copy of the model has its hooks, and is not attached.
-        if torch.compiler.is_compiling() or module is not model:
+        if torch.compiler.is_dynamo_compiling() or module is not model:
             return
         if not hasattr(local, "tokens"):
             local.tokens = []
         local.tokens.append(None)
-        local.tokens[-1] = open_call(args, kwargs)
+        if not _exported(args, kwargs):
+            local.tokens[-1] = open_call(args, kwargs)
 
     def after(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-        if torch.compiler.is_compiling() or module is not model:
+        if torch.compiler.is_dynamo_compiling() or module is not model:
             return
         token = local.tokens.pop() if getattr(local, "tokens", None) else None
         if token is not None:
@@ -294,6 +274,11 @@ def _hook(
         model.register_forward_hook(after, prepend=True, with_kwargs=True, always_call=True),
     ]
     return [handle.remove for handle in handles]
+
+
+def _exported(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """Whether ``torch.export`` traces the call: it runs on tensors without data, and their sizes must not be read."""
+    return any(isinstance(leaf, FakeTensor) for leaf in tree_leaves((args, kwargs)))
 
 
 class _CompiledCall:

@@ -22,6 +22,7 @@ from fpscompile.graph_view import neighbourhood
 from fpscompile.inner import Compiled, check_cpp_compiler, inner_compiler, note_on_graphs
 from fpscompile.ir import AttentionSite, Reason
 from fpscompile.kept import capturing, integers
+from fpscompile.late_grid import watch
 from fpscompile.lowerings import cpp
 from fpscompile.passes.base import GraphState, fake_tensor, module_path
 from fpscompile.passes.layers import VariantsOfCall, shared_block
@@ -100,7 +101,7 @@ class Backend:
             devices = [fake_tensor(node).device for node in extra]  # type: ignore[union-attr]
             compiled = _with_inputs(compiled, state, devices)
         attention = bool(record.sites) or any(note.level == "warning" for note in record.notes)
-        return _met(compiled, attention)
+        return _met(compiled, attention, watch(state))
 
 
 def rewrite(gm: fx.GraphModule, settings: Settings, *, detail: bool = False) -> tuple[GraphRecord, GraphState]:
@@ -112,7 +113,7 @@ def rewrite(gm: fx.GraphModule, settings: Settings, *, detail: bool = False) -> 
     arguments = [_example(node) for node in gm.graph.nodes if node.op == "placeholder"]
     owner = runtime.owner_of(arguments)
     attached = call is not None or owner is not None
-    grid = call.grid if call is not None else owner.told_grid if owner is not None else None
+    grid = runtime.grid_of(arguments)
     untold = call is None and owner is not None and grid is None
     state = GraphState(gm, settings, grid, attached, untold)
     if owner is not None and settings.layers:
@@ -306,11 +307,13 @@ def _with_inputs(compiled: Compiled, state: GraphState, devices: Sequence[torch.
     return call
 
 
-def _met(compiled: Compiled, attention: bool) -> Compiled:
+def _met(compiled: Compiled, attention: bool, check: Callable[[Sequence[Any]], None] | None) -> Compiled:
     """``compiled``, telling attachments whether attention was found: one that hears of none warns."""
 
     def call(*args: Any) -> Any:
         runtime.meet(args, attention)
+        if check is not None:
+            check(args)
         return compiled(*args)
 
     return call

@@ -14,7 +14,8 @@ Shapes and meaning
                     scaled scores). It receives no gradient.
     phase           int32 [n], B a multiple of n: batch element b is in phase[b // (B // n)]
     grid            video tokens (t, h, w); empty when ``published_grid`` gives them
-    published_grid  int64 [3] on the CPU, read at run time; None when ``grid`` gives them
+    published_grid  int64 [3] on the CPU, read at run time; None when ``grid`` gives them. With one frame, an image, the
+                    call is dense and nothing is rounded
     query_span      (first video token, number of video tokens) in the query sequence
     key_span        the same for the key sequence
     scale           None means 1/sqrt(D)
@@ -323,7 +324,7 @@ def _resolve(
     key_span: Ints,
     plan: str,
 ) -> ResolvedPlan:
-    """The plan on the grid of this call.
+    """The plan on the grid of this call. An image, one frame, is left dense, as in graphs that show it to be one.
 
     Raises:
         GridError: no grid, or one that does not fit the spans.
@@ -341,7 +342,10 @@ def _resolve(
         if start < 0 or start + count > x.shape[2]:
             raise GridError(f"{side}_span ({start}, {count}) is not inside a sequence of {x.shape[2]} tokens")
     where = (query.shape[2], key.shape[2], query_span[0], key_span[0])
-    return resolve(Plan.from_json(plan), sizes, *where, heads=query.shape[1])
+    whole = Plan.from_json(plan)
+    if published_grid is not None and sizes[0] == 1:
+        whole = whole.dense()
+    return resolve(whole, sizes, *where, heads=query.shape[1])
 
 
 def _grid(grid: Ints, published_grid: torch.Tensor | None) -> Grid:

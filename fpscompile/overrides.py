@@ -290,8 +290,8 @@ def _refined(schedule: Schedule, bounds: Sequence[float]) -> Schedule:
 
 
 def _ends(path: str, name: str) -> bool:
-    """Whether ``path`` is ``name``, or ends in it at a dot."""
-    return path == name or path.endswith(f".{name}") or fnmatch.fnmatchcase(path, name)
+    """Whether ``path`` is ``name``, or ends in it at a dot; a function around a model has its own name for it."""
+    return any(fnmatch.fnmatchcase(path, pattern) for pattern in (name, f"*.{name}"))
 
 
 def _inside(path: str, name: str) -> bool:

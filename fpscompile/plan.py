@@ -95,6 +95,11 @@ class Plan:
     def from_json(cls, text: str) -> Plan:
         return _parse(text)
 
+    def dense(self) -> Plan:
+        """The same phases with nothing left out and nothing rounded."""
+        phases = (PhasePlan(density=1.0),) * len(self.phases)
+        return dataclasses.replace(self, phases=phases, quant="none", remainder="none", config=())
+
     @classmethod
     def of(cls, schedule: Schedule, **fields: object) -> Plan:
         """A plan for all phases of ``schedule``; ``fields`` are the remaining fields."""

@@ -208,6 +208,18 @@ def first_capture(arguments: Sequence[Any]) -> bool:
     return True
 
 
+def grid_of(arguments: Sequence[Any]) -> Grid | None:
+    """The grid that :func:`running` has for a graph on ``arguments``, asked while it is compiled."""
+    call = _CALL.get()
+    if call is not None:
+        return call.grid
+    again = recompute.recall(arguments)
+    if again is not None:
+        return again[1]
+    publisher = owner_of(arguments)
+    return publisher.told_grid if publisher is not None else None
+
+
 @contextmanager
 def running(arguments: Sequence[Any]) -> Iterator[tuple[float, Grid | None]]:
     """Progress (NaN when unknown) and grid (None when unknown) for one run of a compiled graph.

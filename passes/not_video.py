@@ -63,6 +63,8 @@ def unknown(state: GraphState, site: AttentionSite, shared: list[Axis], batch: A
             )
             return replace(site, rejection=Rejection(Reason.SEGMENTS, message, length.hint, site.node))
         message = f"its {length} tokens are not the {told[0]}*{told[1]}*{told[2]} of the grid from {source}"
+        if told[0] == 1 and length.hint == tokens:
+            message = f"the grid {told} from {source} has one frame: its {length} tokens are an image's, no video's"
         return replace(site, rejection=Rejection(Reason.KIND, message, length.hint, site.node))
     mover = reordered(state, longest)
     if mover is not None:

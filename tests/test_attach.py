@@ -143,6 +143,74 @@ def test_manual_step_beats_the_timestep_input(phases: list[tuple[int, ...]]) -> 
         attachment.step(10, 10)
 
 
+def test_the_scheduler_that_a_pipeline_has_now_tells_the_step() -> None:
+    pipe = Pipe()
+    x = torch.zeros(1)
+    with fpscompile.attach(pipe) as attachment:
+        first = pipe.scheduler
+        pipe.scheduler = diffusers.DDIMScheduler()
+        pipe.scheduler.set_timesteps(4)
+        assert attachment.progress() == 0  # as a call of the model asks, ahead of the first step
+        pipe.scheduler.step(x, pipe.scheduler.timesteps[0], x)
+        assert attachment.progress() == 0.25
+        pipe.scheduler = first
+        first.set_timesteps(10)
+        first.step(x, first.timesteps[0], x)
+        assert attachment.progress() == 0.1
+    assert "step" not in vars(pipe.scheduler)
+
+
+@pytest.mark.parametrize("kind", [diffusers.FlowMatchEulerDiscreteScheduler, diffusers.DDIMScheduler])
+def test_a_scheduler_that_is_never_stepped_is_pointed_out_once(kind: Any, caplog: pytest.LogCaptureFixture) -> None:
+    """Pipelines that step copies of their scheduler would stay at the first step for ever."""
+    model, scheduler, x = nn.Linear(2, 2), kind(), torch.zeros(1, 2)
+    with fpscompile.attach(model, scheduler=scheduler):
+        scheduler.set_timesteps(30)
+        for timestep in scheduler.timesteps[:20]:  # guidance calls the model twice per step
+            model(x), model(x)
+            scheduler.step(x, timestep, x)
+        assert not caplog.records
+        scheduler.set_timesteps(30)
+        stepped = copy.deepcopy(scheduler)
+        for timestep in stepped.timesteps[:20]:
+            model(x), model(x)
+            stepped.step(x, timestep, x)
+    (record,) = caplog.records
+    assert f"a {kind.__name__}, was not stepped" in record.getMessage()
+    assert "Attachment.step" in record.getMessage()
+
+
+def test_a_video_that_was_given_up_does_not_tell_the_step_of_the_next() -> None:
+    scheduler, x = diffusers.DDIMScheduler(), torch.zeros(1)
+    with fpscompile.attach(nn.Identity(), scheduler=scheduler) as attachment:
+        scheduler.set_timesteps(10)
+        for i, timestep in enumerate(scheduler.timesteps[:6]):
+            assert attachment.progress() == i / 10
+            scheduler.step(x, timestep, x)
+        scheduler.set_timesteps(10)
+        assert attachment.progress() == 0
+
+
+def test_a_timestep_that_is_listed_twice_counts_twice() -> None:
+    scheduler, x = diffusers.PNDMScheduler(), torch.zeros(1)
+    with fpscompile.attach(nn.Identity(), scheduler=scheduler) as attachment:
+        scheduler.set_timesteps(10)
+        total = len(scheduler.timesteps)
+        assert len(set(scheduler.timesteps.tolist())) < total
+        for i, timestep in enumerate(scheduler.timesteps):
+            assert attachment.progress() == i / total
+            scheduler.step(x, timestep, x)
+
+
+def test_an_attachment_that_was_detached_is_refused() -> None:
+    attachment = fpscompile.attach(nn.Identity())
+    attachment.detach()
+    attachment.detach()
+    for use in (lambda: attachment.step(0, 4), attachment.__enter__):
+        with pytest.raises(OptionError, match=r"was detached: call fpscompile\.attach again"):
+            use()
+
+
 @pytest.mark.parametrize("total", [0, -3])
 def test_a_number_of_steps_below_one_is_refused(total: int) -> None:
     with fpscompile.attach(torch.nn.Identity()) as attachment, pytest.raises(OptionError) as caught:
