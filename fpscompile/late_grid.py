@@ -22,9 +22,13 @@ from fpscompile.passes.base import GraphState, fake_value, module_path
 
 logger = logging.getLogger(__name__)
 
-REMEDY = (
-    "let a video be what the attached model is called with first (images that come later run dense all the same), or "
-    "compile the whole model"
+FOR_AN_IMAGE = (
+    "for an image",
+    "let a video be what the attached model is called with first (images that come later run dense all the same)",
+)
+WITHOUT_A_GRID = (
+    "when no grid was published",
+    "attach the model ahead of its first call, with a grid where its inputs do not tell one",
 )
 
 
@@ -34,8 +38,8 @@ def watch(state: GraphState) -> Callable[[Sequence[Any]], None] | None:
     It logs one warning, or with ``strict`` raises StrictError, when the running call publishes the grid of a video and
     attention was left alone over exactly that many tokens.
     """
-    known = state.settings.grid or state.published_grid
-    if known is not None and known[0] > 1:
+    published = state.published_grid
+    if state.settings.grid is not None or (published is not None and published[0] > 1):
         return None
     left = [
         site
@@ -46,7 +50,7 @@ def watch(state: GraphState) -> Callable[[Sequence[Any]], None] | None:
         return None
     lengths = [site.shape[2].expr for site in left]
     names = [module_path(site.node) or site.node.name for site in left]
-    why = "for an image" if known is not None else "when no grid was published"
+    why, remedy = FOR_AN_IMAGE if published is not None else WITHOUT_A_GRID
     homes, strict = dict(_homes(state)), state.settings.strict  # the graph itself need not live on
     said = False
 
@@ -62,7 +66,7 @@ def watch(state: GraphState) -> Callable[[Sequence[Any]], None] | None:
             return
         message = (
             f"{found} was compiled {why} and runs this video, of grid {call.grid}, as it is: its attention is dense. "
-            f"To have it rewritten, call torch._dynamo.reset() and {REMEDY}"
+            f"To have it rewritten, call torch._dynamo.reset() and {remedy}, or compile the whole model"
         )
         if strict:
             raise StrictError(message)
