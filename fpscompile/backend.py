@@ -43,6 +43,12 @@ CAPTURED = (
     "attach it without a scheduler, then its timestep input tells the phase at every replay"
 )
 
+UNTOLD = (
+    "compiled code that holds no timestep is not told the denoising step either, and runs the densest phase: pass "
+    "fpscompile.attach a scheduler, call Attachment.step(index, total) ahead of each call, or compile the whole model, "
+    "whose graph can read the timestep"
+)
+
 
 def fps(
     gm: fx.GraphModule,
@@ -291,6 +297,7 @@ def _with_inputs(compiled: Compiled, state: GraphState, devices: Sequence[torch.
     """``compiled`` with the appended inputs filled on every call, from whoever publishes them."""
     names = tuple(state.inputs)
     variants = VariantsOfCall(state) if LAYERS in names else None
+    silent = PROGRESS in names and state.progress_source == "attach"
 
     def call(*args: Any) -> Any:
         with runtime.running(args) as (progress, grid):
@@ -299,6 +306,10 @@ def _with_inputs(compiled: Compiled, state: GraphState, devices: Sequence[torch.
                 GRID: lambda device: torch.tensor(grid or (0, 0, 0), dtype=torch.int64),
                 LAYERS: lambda device: integers(variants(args), device),  # type: ignore[misc]
             }
+            nonlocal silent
+            if silent and math.isnan(progress):  # a graph without a timestep, and an attachment that cannot tell
+                silent = False
+                logger.warning(UNTOLD)
             told = PROGRESS in names and not math.isnan(progress)
             if told and any(map(capturing, devices)) and runtime.first_capture(args):
                 logger.warning(CAPTURED, progress)

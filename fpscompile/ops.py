@@ -359,7 +359,7 @@ def _grid(grid: Ints, published_grid: torch.Tensor | None) -> Grid:
     if min(t, h, w) < 1:
         raise GridError(
             f"no grid is published (published_grid is {(t, h, w)}): run the model inside fpscompile.attach(model), "
-            "or give options['grid'] = (t, h, w)"
+            "with grid=(t, h, w) where its inputs do not tell one, or give options['grid']"
         )
     return (t, h, w)
 

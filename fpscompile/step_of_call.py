@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import logging
 import math
 from typing import Any
@@ -54,8 +55,8 @@ class StepReader:
         if self._idle == IDLE_CALLS:
             logger.warning(
                 "%s was called %d times and the attached scheduler, a %s, was not stepped: every call counts as its "
-                "first step. Where a copy of it is stepped, or none, give the step with Attachment.step(index, total), "
-                "or attach the model without a scheduler, so that its graph reads the timestep it is given",
+                "first step. Where a copy of it is stepped, or none, give the step with Attachment.step(index, total); "
+                "or compile the whole model and attach it without a scheduler, so that its graph reads the timestep",
                 *(name, IDLE_CALLS, type(self._scheduler).__name__),
             )
 
@@ -80,14 +81,22 @@ class StepReader:
 
 
 class _StepCounter:
-    """Step index for schedulers that keep none (DDIM and kin): the place in ``timesteps`` after the last step."""
+    """Step index for schedulers that keep none (DDIM and kin): the place in ``timesteps`` after the last step.
+
+    It takes the place of the scheduler's ``step``, with its signature, by which pipelines decide what to pass. It is
+    an object and not a function so that a deep copy of the scheduler has a counter, and a ``step``, of its own.
+    """
 
     def __init__(self, scheduler: Any) -> None:
         self.scheduler = scheduler
         self._index: int | None = None
-        self._step = scheduler.step
         self._timesteps: Any = vars(scheduler).get("timesteps")
-        scheduler.step = self._counted
+        self._before = vars(scheduler).get("step")
+        self._step = scheduler.step
+        self.__signature__ = inspect.signature(scheduler.step)
+        names = list(self.__signature__.parameters)
+        self._name = "timestep" if "timestep" in names else names[1] if len(names) > 1 else ""
+        scheduler.step = self
 
     @classmethod
     def of(cls, scheduler: Any) -> _StepCounter | None:
@@ -104,11 +113,15 @@ class _StepCounter:
             self._timesteps, self._index = timesteps, None
         return self._index
 
-    def _counted(self, model_output: Any, timestep: Any, *args: Any, **kwargs: Any) -> Any:
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
         index = self.index or 0
-        result = self._step(model_output, timestep, *args, **kwargs)
+        result = self._step(*args, **kwargs)
+        timestep = self.__signature__.bind(*args, **kwargs).arguments.get(self._name)
         timesteps = torch.as_tensor(self.scheduler.timesteps)
-        places = (timesteps == torch.as_tensor(timestep).to(timesteps.device)).nonzero().flatten().tolist()
+        places: list[int] = []
+        if timestep is not None:
+            equal = timesteps == torch.as_tensor(timestep).to(timesteps.device)
+            places = equal.nonzero().flatten().tolist()
         # Schedulers of higher order list a timestep twice: the one that is due is the first that was not reached yet.
         place = next((place for place in places if place >= index), places[0] if places else index)
         self._timesteps = vars(self.scheduler).get("timesteps")
@@ -116,5 +129,8 @@ class _StepCounter:
         return result
 
     def restore(self) -> None:
-        if self.scheduler.__dict__.get("step") == self._counted:
-            del self.scheduler.step
+        if vars(self.scheduler).get("step") is not self:
+            return
+        del self.scheduler.step
+        if self._before is not None:
+            self.scheduler.step = self._before

@@ -20,6 +20,11 @@ def remedy(state: GraphState) -> str:
             "the attachment is older than torch.compile, so its hooks were traced and tell nothing: compile first, "
             "then call fpscompile.attach on the compiled model, or give it the grid: attach(model, grid=(t, h, w))"
         )
+    if state.attached and state.published_grid is None:
+        return (
+            "fpscompile.attach cannot tell it from the inputs of this call either: give it as attach(model, grid=...) "
+            "or options['grid']"
+        )
     return REMEDY
 
 

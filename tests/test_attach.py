@@ -202,6 +202,59 @@ def test_a_timestep_that_is_listed_twice_counts_twice() -> None:
             scheduler.step(x, timestep, x)
 
 
+def test_a_layout_that_nobody_needs_to_know_is_no_warning(caplog: pytest.LogCaptureFixture) -> None:
+    """Frames equal channels, and the graph shows the grid."""
+    model = torch.compile(wan(layers=1), backend="fps", options=OPTIONS)
+    with torch.no_grad(), fpscompile.attach(model, scheduler=SimpleNamespace(timesteps=[1, 0], step_index=0)):
+        output(model, **wan_inputs((4, 6, 10)))
+    assert not [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+
+
+COUNTED = (
+    diffusers.CogVideoXDDIMScheduler, diffusers.CogVideoXDPMScheduler, diffusers.DDIMScheduler, diffusers.DDPMScheduler,
+    diffusers.PNDMScheduler,
+)  # fmt: skip
+"""Schedulers that keep no index of their step."""
+
+
+@pytest.mark.parametrize("kind", COUNTED)
+def test_a_counted_step_is_called_as_before(kind: Any) -> None:
+    """Pipelines look at the signature to decide whether a generator or eta is passed."""
+    scheduler = kind()
+    signature = inspect.signature(scheduler.step)
+    with fpscompile.attach(nn.Identity(), scheduler=scheduler):
+        assert inspect.signature(scheduler.step) == signature
+        with fpscompile.attach(nn.Identity(), scheduler=scheduler) as inner:
+            scheduler.set_timesteps(10)
+            assert inner.progress() == 0
+        assert inspect.signature(scheduler.step) == signature
+    assert "step" not in vars(scheduler)
+
+
+def test_counting_does_not_depend_on_the_order_of_arguments() -> None:
+    scheduler, x, old = diffusers.CogVideoXDPMScheduler(), torch.zeros(1, 2), None
+    with fpscompile.attach(nn.Identity(), scheduler=scheduler) as outer:
+        with fpscompile.attach(nn.Identity(), scheduler=scheduler) as inner:
+            scheduler.set_timesteps(4)
+            times = scheduler.timesteps
+            for i in range(2):
+                back = times[i - 1] if i else None
+                x, old = scheduler.step(x, old, times[i], back, x, return_dict=False)
+                assert inner.progress() == outer.progress() == (i + 1) / 4
+        scheduler.step(x, old, times[2], times[1], x, return_dict=False)
+        assert outer.progress() == 0.75, "an attachment inside of it is gone"
+
+
+def test_a_copy_of_an_attached_scheduler_steps_itself() -> None:
+    scheduler, x = diffusers.DDIMScheduler(), torch.zeros(1)
+    with fpscompile.attach(nn.Identity(), scheduler=scheduler) as attachment:
+        scheduler.set_timesteps(4)
+        stepped = copy.deepcopy(scheduler)
+        stepped.step(x, stepped.timesteps[0], x)
+        assert stepped.step.scheduler is stepped
+        assert attachment.progress() == 0
+
+
 def test_an_attachment_that_was_detached_is_refused() -> None:
     attachment = fpscompile.attach(nn.Identity())
     attachment.detach()
@@ -512,8 +565,19 @@ def test_grid_reader_layouts() -> None:
     cog = ZOO["cogvideox-2b"]
     reader = GridReader(cog.build())
     assert reader((), cog.inputs((3, 6, 10))) == (3, 6, 10)
-    assert reader((), cog.inputs((4, 6, 10))) == (4, 6, 10)  # frames equal channels: the layout seen before
-    assert GridReader(cog.build())((), cog.inputs((4, 6, 10))) is None
+    # Frames equal channels: the layout seen before, by whichever model of the class.
+    assert reader((), cog.inputs((4, 6, 10))) == (4, 6, 10)
+    assert GridReader(cog.build())((), cog.inputs((4, 6, 10))) == (4, 6, 10)
+    unseen = nn.Identity()
+    unseen.__class__ = type("Unseen", (nn.Identity,), {})
+    unseen.patch_size, unseen.in_channels = (1, 2, 2), 4
+    assert GridReader(unseen)((torch.zeros(1, 4, 4, 8, 10),), {}) is None
+    assert GridReader(unseen)((torch.zeros(1, 4, 5, 8, 10),), {}) == (5, 4, 5)
+    assert GridReader(unseen)((torch.zeros(1, 4, 4, 8, 10),), {}) == (4, 4, 5)
+    packed = {"num_frames": 3, "height": 4, "width": 5, "hidden_states": torch.zeros(1, 60, 8)}
+    assert GridReader(nn.Identity())((), packed) == (3, 4, 5)
+    placeholders = packed | {"num_frames": 1, "height": 1, "width": 1}
+    assert GridReader(nn.Identity())((), placeholders) is None
     hunyuan = ZOO["hunyuan"]
     assert GridReader(hunyuan.build())((), hunyuan.inputs((3, 6, 10))) == (3, 6, 10)
     assert GridReader(nn.Identity())((), {"num_frames": 3, "height": 4, "width": 5}) == (3, 4, 5)

@@ -225,6 +225,26 @@ def test_a_video_in_code_that_was_compiled_ahead_of_the_attachment_says_so(caplo
 
 
 @torch.no_grad()
+def test_a_step_that_nobody_tells_is_said_once(caplog: pytest.LogCaptureFixture) -> None:
+    model, dense = blocks_compiled(PHASES), net()
+    x = video(5)
+    with fpscompile.attach(model) as attachment, caplog.at_level(logging.WARNING, "fpscompile"):
+        for _ in range(2):
+            assert off(model(x), dense(x)) <= 1e-5
+        (record,) = caplog.records
+        assert "runs the densest phase: pass fpscompile.attach a scheduler" in record.getMessage()
+        attachment.step(3, 4)
+        assert off(model(x), dense(x)) > 1e-2
+    torch._dynamo.reset()
+    caplog.clear()
+    model = blocks_compiled(PHASES)
+    with fpscompile.attach(model) as attachment:
+        attachment.step(3, 4)
+        model(x)
+    assert not [record for record in caplog.records if record.levelname == "WARNING"]
+
+
+@torch.no_grad()
 @pytest.mark.parametrize("key", ["1", "blocks.1", "blocks.1.*", "blocks.*"])
 def test_layers_of_blocks_that_were_replaced_by_compiled_ones(key: str) -> None:
     model, x = net(), video(5)
