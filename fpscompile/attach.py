@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import inspect
 import logging
 import reprlib
 import sys
@@ -26,7 +27,7 @@ from fpscompile import runtime
 from fpscompile.errors import GridError, OptionError
 from fpscompile.grid_of_call import GridReader
 from fpscompile.settings import three_sizes
-from fpscompile.step_of_call import StepReader
+from fpscompile.step_of_call import StepReader, timestep_of
 from fpscompile.windows.checks import integer, tensor_given
 
 logger = logging.getLogger(__name__)
@@ -146,7 +147,9 @@ class Attachment:
         self._undo.append(self._steps.close)
         for model in models.values():
             reader = grid if callable(grid) else GridReader(_original(model), grid)
-            self._undo += _hook(model, functools.partial(self._open, reader), functools.partial(self._close, model))
+            parameters = list(inspect.signature(_original(model).forward).parameters)
+            open_call = functools.partial(self._open, reader, parameters)
+            self._undo += _hook(model, open_call, functools.partial(self._close, model))
         runtime.own(self)
 
     def _check_attached(self, what: str) -> None:
@@ -206,12 +209,12 @@ class Attachment:
             return self._manual
         return self._steps.progress()
 
-    def _open(self, reader: GridFunction, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def _open(self, reader: GridFunction, parameters: list[str], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         grid = reader(args, kwargs)
         if grid is not None:
             grid = _sizes(grid)
         if self._manual is None:
-            self._steps.called(" and ".join(self.models))
+            self._steps.called(" and ".join(self.models), timestep_of(parameters, args, kwargs))
         return runtime.open_call(self, grid)
 
     def _close(self, model: nn.Module, token: Any) -> None:

@@ -29,6 +29,7 @@ class StepReader:
         self._counter: _StepCounter | None = None
         self._closed = False
         self._idle = 0
+        self._due: int | None = None
         self._read()
 
     def close(self) -> None:
@@ -43,12 +44,24 @@ class StepReader:
         total = len(timesteps) if timesteps is not None else 0
         index = self._stepped_to()
         if index is None:
+            index = self._due
+        if index is None:
             index = getattr(scheduler, "begin_index", None) or 0
         return min(int(index), total) / total if total else math.nan
 
-    def called(self, name: str) -> None:
-        """A model is called: a scheduler that is never stepped would leave every call at step 0, unnoticed."""
+    def called(self, name: str, timestep: Any) -> None:
+        """A model is called, and given ``timestep``, None where it is not known.
+
+        Until the scheduler has been stepped, which copies of it may be in its place, only that tells where the loop
+        is: one that begins midway (video to video) does not say so. A scheduler that is never stepped, and whose
+        timesteps the model is not given, would leave every call at step 0, unnoticed.
+        """
+        self._due = None
         if math.isnan(self.progress()) or self._stepped_to() is not None:
+            self._idle = 0
+            return
+        self._due = _place_of(timestep, self._scheduler.timesteps)
+        if self._due is not None:
             self._idle = 0
             return
         self._idle += 1
@@ -78,6 +91,27 @@ class StepReader:
             return self._counter.index
         index: int | None = getattr(self._scheduler, "step_index", None)
         return index
+
+
+def timestep_of(parameters: list[str], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """The timestep that a model is called with; None where none of its parameters is called that."""
+    given = dict(zip(parameters, args, strict=False)) | kwargs
+    return next((given[name] for name in ("timestep", "t") if name in given), None)
+
+
+def _place_of(timestep: Any, timesteps: Any) -> int | None:
+    """The first place of ``timestep``, of several the noisiest, in ``timesteps``; None where it is not there.
+
+    It waits for the device, so it must not be asked while a CUDA graph is captured, and does not answer then.
+    """
+    if not isinstance(timestep, (torch.Tensor, int, float)):
+        return None
+    value = torch.as_tensor(timestep)
+    if not value.numel() or (value.is_cuda and torch.cuda.is_current_stream_capturing()):
+        return None
+    known = torch.as_tensor(timesteps).to(value.device, value.dtype)  # as a model may be given it in bfloat16
+    places = (known == value.max()).nonzero().flatten().tolist()
+    return places[0] if places else None
 
 
 class _StepCounter:

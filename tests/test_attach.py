@@ -180,6 +180,33 @@ def test_a_scheduler_that_is_never_stepped_is_pointed_out_once(kind: Any, caplog
     assert "Attachment.step" in record.getMessage()
 
 
+class Timed(nn.Module):
+    def forward(self, x: torch.Tensor, timestep: Any) -> torch.Tensor:
+        return x
+
+
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16])
+@pytest.mark.parametrize("copied", [False, True])
+@pytest.mark.parametrize("kind", [diffusers.FlowMatchEulerDiscreteScheduler, diffusers.DDIMScheduler])
+def test_the_timestep_that_a_model_is_given_tells_what_its_scheduler_does_not(
+    kind: Any, copied: bool, dtype: torch.dtype | None, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Video to video begins midway; some pipelines step copies of their scheduler."""
+    model, scheduler, x = Timed(), kind(), torch.zeros(1)
+    with fpscompile.attach(model, scheduler=scheduler) as attachment:
+        scheduler.set_timesteps(40)
+        stepped = copy.deepcopy(scheduler) if copied else scheduler
+        assert attachment.progress() == 0
+        for i in range(20, 40):
+            timestep = stepped.timesteps[i]
+            model(x, timestep=torch.stack([timestep, 0 * timestep]).to(dtype or timestep.dtype))
+            assert attachment.progress() == i / 40
+            stepped.step(x, timestep, x)
+        model(x, 0.123)
+        assert attachment.progress() in (0, 1)
+    assert not caplog.records
+
+
 def test_a_video_that_was_given_up_does_not_tell_the_step_of_the_next() -> None:
     scheduler, x = diffusers.DDIMScheduler(), torch.zeros(1)
     with fpscompile.attach(nn.Identity(), scheduler=scheduler) as attachment:
@@ -645,7 +672,7 @@ def test_a_grid_of_numpy_is_one_and_a_tensor_is_not() -> None:
     model = torch.nn.Linear(2, 2)
     for grid in ((np.int64(3), np.int32(4), 5), np.array([3, 4, 5])):
         with fpscompile.attach(model, grid=grid) as attachment:
-            seen = attachment._open(lambda args, kwargs, grid=grid: grid, (), {})
+            seen = attachment._open(lambda args, kwargs, grid=grid: grid, [], (), {})
             call = runtime.current_call()
             assert call is not None
             assert call.grid == (3, 4, 5)
