@@ -212,6 +212,27 @@ def test_an_image_in_code_that_was_compiled_for_videos_is_dense(caplog: pytest.L
     assert not caplog.records
 
 
+class Reduced(Block):
+    """Keys and values are every other token: no video, whatever the grid is."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        q, k, v = (part.transpose(1, 2) for part in self.qkv(x).unflatten(-1, (3, HEADS, -1)).unbind(2))
+        attention = nn.functional.scaled_dot_product_attention(q, k[:, :, ::2], v[:, :, ::2])
+        return x + self.out(attention.transpose(1, 2).flatten(2))
+
+
+@torch.no_grad()
+def test_attention_that_no_grid_would_change_does_not_wait_for_one(caplog: pytest.LogCaptureFixture) -> None:
+    model = net()
+    model.blocks = nn.ModuleList([Reduced(), Reduced()])
+    for block in model.blocks:
+        block.compile(backend="fps", options=WINDOW, dynamic=True)
+    with fpscompile.attach(model), caplog.at_level(logging.WARNING, "fpscompile"):
+        for frames in (1, 5):
+            model(video(frames))
+    assert not caplog.records
+
+
 @torch.no_grad()
 def test_a_video_in_code_that_was_compiled_ahead_of_the_attachment_says_so(caplog: pytest.LogCaptureFixture) -> None:
     model = blocks_compiled(WINDOW)
