@@ -109,9 +109,14 @@ def _place_of(timestep: Any, timesteps: Any) -> int | None:
     value = torch.as_tensor(timestep)
     if not value.numel() or (value.is_cuda and torch.cuda.is_current_stream_capturing()):
         return None
-    known = torch.as_tensor(timesteps).to(value.device, value.dtype)  # as a model may be given it in bfloat16
-    places = (known == value.max()).nonzero().flatten().tolist()
+    places = _places(value.max(), timesteps)
     return places[0] if places else None
+
+
+def _places(timestep: torch.Tensor, timesteps: Any) -> list[int]:
+    """Where ``timesteps`` are ``timestep``, compared in its dtype: a model may be given it in bfloat16."""
+    known = torch.as_tensor(timesteps).to(timestep.device, timestep.dtype)
+    return (known == timestep).nonzero().flatten().tolist()
 
 
 class _StepCounter:
@@ -151,11 +156,8 @@ class _StepCounter:
         index = self.index or 0
         result = self._step(*args, **kwargs)
         timestep = self.__signature__.bind(*args, **kwargs).arguments.get(self._name)
-        timesteps = torch.as_tensor(self.scheduler.timesteps)
-        places: list[int] = []
-        if timestep is not None:
-            equal = timesteps == torch.as_tensor(timestep).to(timesteps.device)
-            places = equal.nonzero().flatten().tolist()
+        timesteps = self.scheduler.timesteps
+        places = [] if timestep is None else _places(torch.as_tensor(timestep), timesteps)
         # Schedulers of higher order list a timestep twice: the one that is due is the first that was not reached yet.
         place = next((place for place in places if place >= index), places[0] if places else index)
         self._timesteps = vars(self.scheduler).get("timesteps")

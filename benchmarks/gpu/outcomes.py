@@ -144,9 +144,9 @@ ASKED = {1.0: (0.99, 1.01), 0.5: (0.4, 0.6), 0.2: (0.15, 0.25), 0.1: (0.07, 0.11
 
 def flex_gains(report: dict[str, Any]) -> str:
     """The range of :func:`gain` over all cases and tiles, by the density asked for."""
-    parts = []
+    parts, masks = [], by_mask(report)
     for asked, (low, high) in ASKED.items():
-        gains = [gain(kernels) for mask, kernels in by_mask(report).items() if low < mask[2] < high]
+        gains = [gain(kernels) for mask, kernels in masks.items() if low < mask[2] < high]
         parts.append(f"{min(gains):.2f}x to {max(gains):.2f}x at density {asked:g}")
     return f"{', '.join(parts[:-1])} and {parts[-1]}"
 
@@ -379,8 +379,8 @@ def page() -> str:
     flex = {"rows": load("attention_gpu_flex")["rows"] + load("attention_gpu_flex_dense")["rows"]}
     # The rest have tables of their own; FlexAttention was compiled for any shape there, from the second case on.
     more["rows"] = [row for row in more["rows"] if "fps fp8" in row["kernel"] or "tile" not in row]
-    compared = beside(report["rows"] + plain["rows"], load("gpu_predictions")["predictions"])
-    predicted, rank, rank_of_steps = compared
+    predictions = load("gpu_predictions")["predictions"]
+    predicted, rank, rank_of_steps = beside(report["rows"] + plain["rows"], predictions)
     functions = (measured_table, step_table, product_table, bound, model_table, memory, two_gpus, sizes_table, sizes,
                  means, load, usual_tile, sparse_efficiency, flex_table, flex_gains, flex_pre,
                  untuned, tuned_table, starts)  # fmt: skip
